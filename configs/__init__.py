@@ -1,0 +1,1 @@
+"""Configurations: data only. `get_config(arg)` returns a ConfigDict."""

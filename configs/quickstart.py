@@ -1,0 +1,124 @@
+"""Top-KAST on a small byte-level Transformer-XL, Tiny Shakespeare.
+
+Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, arXiv:2106.03517,
+section 4.2, where the model is a large Transformer-XL on enwik8.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Other methods and sparsities, from the same file:
+
+    --config=configs/quickstart.py:method=dense|static|set|rigl|top_kast
+    --config=configs/quickstart.py:forward=0.95,backward=0.9
+    --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
+
+Expected: EXPECTED
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config; `arg` is a comma separated list, see the docstring of this file."""
+    args = common.parse(
+        arg, method="top_kast", forward=None, backward=None, smoke=False
+    )
+    method, smoke = args["method"], args["smoke"]
+    forward = 0.9 if args["forward"] is None else args["forward"]
+    backward = (
+        max(0.0, round(forward - 0.1, 6))
+        if args["backward"] is None
+        else args["backward"]
+    )
+    if method == "dense" and args["forward"] is not None:
+        raise ValueError("config argument forward= has no meaning for method=dense")
+    if method != "top_kast" and args["backward"] is not None:
+        raise ValueError("config argument backward= is for method=top_kast only")
+
+    config = ml_collections.ConfigDict()
+    dense = method == "dense"
+    # Names the default workdir, runs/<name>.
+    config.name = f"quickstart-{method}" + ("" if dense else f"-{forward:g}")
+    config.seed = 0
+    config.steps = 8 if smoke else 1500
+
+    config.task = "language_model"
+    config.data_dir = placeholder(str)  # of TFDS; None: its default
+    config.batch_size = 8 if smoke else 16  # rows, over all devices
+    config.model = dict(
+        layers=1 if smoke else 4,
+        d_model=32 if smoke else 128,
+        heads=2 if smoke else 4,
+        d_head=16 if smoke else 32,
+        d_inner=64 if smoke else 512,
+        segment=16 if smoke else 64,  # bytes a row sees per step
+        memory=16 if smoke else 64,  # bytes of the past it attends to besides
+        dropout=0.0,
+        norm="pre",  # the paper's model is "post"; "pre" needs less warm-up
+    )
+
+    config.optimizer = dict(
+        name="adamw",
+        clip=1.0,  # global norm; 0: none
+        b2=0.99,
+        weight_decay=0.01,
+    )
+    config.learning_rate = dict(peak=3e-3, warmup=2 if smoke else 100, end=3e-4)
+
+    refreshes = dict(
+        refresh=3 if smoke else 100,  # steps between two choices of masks
+        refresh_start=placeholder(int),  # the first; None: after `refresh` steps
+        refresh_stop=placeholder(int),  # none from this step on; None: to the last step
+    )
+    config.sparse = dict(method=method)
+    if not dense:
+        config.sparse.update(
+            reset="init",  # moments of entries that enter or leave B: "init" or "keep"
+            where="",  # globs of sparse parameters, comma separated; "": all kernels
+            # What the axes of a kernel mean, first match wins: inputs and outputs.
+            axes=(
+                ("*/attention/out/kernel", "i i o"),
+                ("*/attention/*/kernel", "i o o"),
+            ),
+            distribution="uniform",  # or "erk", "erdos_renyi", {glob: sparsity}
+        )
+    if method == "top_kast":
+        config.sparse.update(
+            forward_sparsity=forward,
+            backward_sparsity=backward,
+            penalty=1e-4,  # weight of the exploration penalty
+            penalty_norm="l2",  # or "l1"
+            penalty_mode="gradient",  # or "decoupled", after the optimizer
+            stop=placeholder(int),  # last choice of masks, then B := A; None: never
+            explore="top",  # B\A: the next largest, or "random"
+            **refreshes,
+        )
+    elif method in ("set", "rigl"):
+        config.sparse.update(
+            sparsity=forward,
+            drop_fraction=0.3,  # share of A replaced at a refresh
+            drop_decay="cosine",  # to 0 at the last step, or "constant"
+            **refreshes,
+        )
+    elif not dense:
+        config.sparse.update(sparsity=forward)
+
+    config.mesh = "data:1"  # devices: data:4,fsdp:2 needs 8
+    # (regex of a parameter's whole path, spec), first match wins: experiments/mesh.py.
+    config.sharding = (
+        (r".*/(kernel|embedding)", "fsdp"),
+        (r".*", ()),
+    )
+
+    config.log_every = 2 if smoke else 25
+    # Not a multiple of refresh: entries that just came into A are untrained, so for
+    # some steps after a refresh the held-out loss is that of a network in repair.
+    config.eval_every = 4 if smoke else 375
+    config.eval_batches = 2 if smoke else placeholder(int)  # None: the whole split
+    config.save_every = 4 if smoke else 250
+    config.keep = 2  # checkpoints
+    config.on_nan = "stop"  # at NaN or Inf: "stop", "skip" the update, or "restore"
+    config.dense_steps = 0 if smoke else 10  # timed at the start, to compare; 0: none
+    return config

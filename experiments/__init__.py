@@ -1,0 +1,1 @@
+"""Training programs built on topkast_jax by its public names only."""

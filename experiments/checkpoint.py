@@ -1,0 +1,303 @@
+"""Checkpoints: saved whole, sealed with checksums, restored in parts.
+
+One folder a step, one Orbax item a part: `params`, `masks`, `opt_state`, `carry`, and
+as JSON `data` (the position in the data) and `meta` (config, versions, and whatever the
+loop wants back). Evaluation reads `params` and `masks` only.
+
+Orbax writes to a temporary folder and renames it, so a save that was killed leaves no
+checkpoint. It does not notice bytes that changed on disk in a finished one, hence the
+seal: the checksum of every file, written once the save is complete.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+import topkast_jax as tk
+from experiments import seal
+from experiments.state import State, is_sparse
+
+PyTree = Any
+T = TypeVar("T")
+
+
+class Restored(NamedTuple):
+    """What a run goes on from: its state, data iterator state and `meta`."""
+
+    state: State
+    data: Any
+    meta: dict[str, Any]
+
+
+class Weights(NamedTuple):
+    """What evaluation needs: theta, and a tree like it of forward masks, None where
+    dense.
+    """
+
+    params: PyTree
+    forward: PyTree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: they lie in `workdir/checkpoints`, damaged ones in `workdir/damaged`.
+      keep: how many to keep; at least 2, so that there is one to fall back to.
+      warn: told, in one line, of every checkpoint that cannot be read.
+    Raises:
+      ValueError: `keep` is too small.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        keep: int = 2,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        if keep < 2:
+            raise ValueError(
+                f"keep={keep}: keep at least 2 checkpoints, one to fall to"
+            )
+        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._keep, self._warn = keep, warn
+        self._manager: ocp.CheckpointManager | None = None
+        self._unsealed: pathlib.Path | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending, damaged or not."""
+        if not self.folder.is_dir():
+            return []
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def save(self, step: int, state: State, data: Any, meta: Mapping[str, Any]) -> None:
+        """Copies the state off the devices, then writes it in the background.
+
+        A step that is there already is left as it is: it holds the same.
+
+        Args:
+          step: number of updates done.
+          state: may be donated as soon as this returns.
+          data: JSON data, the state of the data iterator.
+          meta: JSON data; `step` and the kinds of all arrays are added.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, cleanup_tmp_directories=True
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        masks = _named_masks(state.opt_state)
+        trees = {**state._asdict(), "masks": masks}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                # In a list, since Orbax refuses a tree that is empty.
+                **{name: ocp.args.StandardSave([tree]) for name, tree in trees.items()},
+                data=ocp.args.JsonSave({"iterator": data}),
+                meta=ocp.args.JsonSave(
+                    {
+                        **meta,
+                        "step": step,
+                        "arrays": {name: _kinds(tree) for name, tree in trees.items()},
+                    }
+                ),
+            ),
+            force=True,
+        )
+        self._unsealed = self.folder / str(step)
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk, and sealed."""
+        if self._manager is not None and self._unsealed is not None:
+            self._manager.wait_until_finished()
+            seal.close(self._unsealed)
+            self._unsealed = None
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def restore(self, prepare: Callable[[dict[str, Any]], State]) -> Restored | None:
+        """The newest checkpoint that can be read; None where there is none at all.
+
+        Newer ones that cannot be read are moved to `workdir/damaged`, loudly.
+
+        Args:
+          prepare: `meta -> ShapeDtypeStructs` with the shardings to restore to; it may
+            raise where the checkpoint is not wanted.
+        Raises:
+          ValueError: there are checkpoints, but none can be read, or the newest intact
+            one holds other arrays than those asked for.
+        """
+
+        def targets(meta: dict[str, Any]) -> dict[str, PyTree]:
+            return prepare(meta)._asdict()
+
+        def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Restored:
+            found = _read(path, **arrays, data=ocp.args.JsonRestore())
+            state = State(**{name: found[name][0] for name in State._fields})
+            return Restored(state, found["data"]["iterator"], meta)
+
+        self.wait()
+        return self._newest(targets, read, set_aside=True)
+
+    def weights(self, prepare: Callable[[dict[str, Any]], PyTree]) -> Weights | None:
+        """Parameters and masks of the newest checkpoint that can be read, no more.
+
+        Nothing on disk changes, so a run may go on writing meanwhile.
+
+        Args:
+          prepare: `meta -> ShapeDtypeStructs` of the parameters, with shardings.
+        Raises:
+          ValueError: as in `restore`.
+        """
+
+        def targets(meta: dict[str, Any]) -> dict[str, PyTree]:
+            params = prepare(meta)
+            masks = {
+                name: jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=x.sharding)
+                for name, x in _named(params)
+                if f"forward/{name}" in meta["arrays"]["masks"]
+            }
+            return {"params": params, "masks": {"forward": masks, "backward": masks}}
+
+        def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Weights:
+            found = _read(path, **arrays)
+            (params,), (masks,) = found["params"], found["masks"]
+            leaves = [masks["forward"].get(name) for name, _ in _named(params)]
+            forward = jax.tree.unflatten(jax.tree.structure(params), leaves)
+            return Weights(params, forward, meta)
+
+        return self._newest(targets, read, set_aside=False)
+
+    def _newest(
+        self,
+        targets: Callable[[dict[str, Any]], dict[str, PyTree]],
+        read: Callable[[pathlib.Path, dict[str, Any], Any], T],
+        *,
+        set_aside: bool,
+    ) -> T | None:
+        unreadable: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            path = self.folder / str(step)
+            try:
+                seal.verify(path)
+                meta = _read(path, meta=ocp.args.JsonRestore())["meta"]
+            except Exception as error:  # whatever a broken folder makes of Orbax
+                unreadable[step] = _line(error)
+                continue
+            wanted = targets(meta)
+            _require_same_arrays(path, meta, wanted)
+            restore = {
+                name: ocp.args.StandardRestore([tree]) for name, tree in wanted.items()
+            }
+            try:
+                found = read(path, meta, restore)
+            except Exception as error:
+                unreadable[step] = _line(error)
+                continue
+            for bad, why in unreadable.items():
+                self._warn(f"warning: checkpoint {bad} cannot be read: {why}")
+                self._warn(f"warning: falling back from checkpoint {bad} to {step}")
+                if set_aside:
+                    kept = self._set_aside(bad)
+                    self._warn(f"warning: checkpoint {bad} is kept in {kept}")
+            return found
+        if unreadable:
+            reasons = "; ".join(f"{step}: {why}" for step, why in unreadable.items())
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read ({reasons}); to start "
+                "over, name another workdir, or move this folder away"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        folder = self.folder.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        taken = {path.name for path in folder.iterdir()}
+        names = (str(step), *(f"{step}.{n}" for n in range(1, len(taken) + 1)))
+        target = folder / next(name for name in names if name not in taken)
+        os.replace(self.folder / str(step), target)
+        if self._manager is not None:
+            self._manager.reload()
+        return target
+
+
+def _read(path: pathlib.Path, **parts: Any) -> Any:
+    handler = ocp.CompositeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(**parts))
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in flat
+    ]
+
+
+def _kinds(tree: PyTree) -> dict[str, str]:
+    """`{path: "float32[8,6]"}` of arrays or ShapeDtypeStructs."""
+    return {
+        name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in _named(tree)
+    }
+
+
+def _require_same_arrays(
+    path: pathlib.Path, meta: Mapping[str, Any], wanted: Mapping[str, PyTree]
+) -> None:
+    """Raises ValueError naming an array that is not what the program asks for.
+
+    Not damage: the checkpoint was written by a program with another model or optimizer.
+    """
+    for part, tree in wanted.items():
+        saved, asked = meta["arrays"][part], _kinds(tree)
+        for name in sorted(saved.keys() | asked.keys()):
+            if saved.get(name) != asked.get(name):
+                raise ValueError(
+                    f"{path} does not hold what this program trains: {part} "
+                    f"{name!r} is {saved.get(name, 'absent')} in the checkpoint, and "
+                    f"{asked.get(name, 'absent')} in the program"
+                )
+
+
+def _named_masks(opt_state: PyTree) -> dict[str, dict[str, Any]]:
+    """Masks by the path of their parameter: they load without knowing the optimizer."""
+    if not is_sparse(opt_state):
+        return {"forward": {}, "backward": {}}
+    masks = tk.masks(opt_state)
+    return {
+        "forward": dict(_named(masks.forward)),
+        "backward": dict(_named(masks.backward)),
+    }
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -1,0 +1,68 @@
+"""Running a program so that bad input is one line on stderr and exit code 2."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from experiments import log
+
+BAD_INPUT = 2
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Parses the flags, runs `main(argv)` and exits with what it returns.
+
+    Args:
+      main: takes the arguments that are no flags. A `BadInput` it raises is printed as
+        `error: ...`; `--verbosity=1` shows where it comes from.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if flags.FLAGS["verbosity"].using_default_value:
+                logging.set_verbosity(logging.ERROR)  # Orbax talks
+            return rest
+        except Exception as error:  # config files raise what they like
+            sys.exit(refuse(error))
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            if len(argv) > 1:
+                raise BadInput(f"unexpected arguments: {' '.join(argv[1:])}")
+            return main(argv)
+        except BadInput as error:
+            logging.debug("bad input", exc_info=error)
+            return refuse(error)
+        except KeyboardInterrupt:  # before or after training: nothing to save
+            return 128 + signal.SIGINT
+
+    app.run(guarded, flags_parser=parse)
+    raise AssertionError("app.run exits")
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+    """Within it, what the user can put right becomes a `BadInput`: values and files."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+
+
+class BadInput(ValueError):
+    """Something that the user can put right, found before training; one line."""
+
+
+def refuse(error: Exception) -> int:
+    """Prints the error as one line on stderr and returns the exit code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        # What a config file raises comes wrapped in its traceback, the error last.
+        lines = [lines[-1].removeprefix("ValueError: ")]
+    log.warn(f"error: {' '.join(lines) or type(error).__name__}")
+    return BAD_INPUT

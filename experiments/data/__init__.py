@@ -1,0 +1,1 @@
+"""TFDS builders with their texts, and the Grain pipelines that read them."""

@@ -1,0 +1,1 @@
+"""Flax models; nothing here knows about sparsity."""

@@ -1,0 +1,175 @@
+"""From the words of a config to the transformation that trains."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+import topkast_jax as tk
+
+Schedule = Callable[[Any], Any]
+DISTRIBUTIONS = {
+    "uniform": tk.uniform,
+    "erdos_renyi": tk.erdos_renyi,
+    "erk": tk.erk,
+}
+
+
+def learning_rate(config: Mapping[str, Any], steps: int) -> Schedule:
+    """Linear warm-up to `peak`, then cosine decay to `end` at the last step.
+
+    Args:
+      config: `peak`, `warmup` (steps) and `end`.
+      steps: length of the run.
+    Raises:
+      ValueError: a warm-up that is as long as the run, or a rate below zero.
+    """
+    peak, warmup, end = config["peak"], config["warmup"], config["end"]
+    if min(peak, end) < 0:
+        raise ValueError(f"learning_rate: peak={peak} and end={end} must be positive")
+    if not 0 <= warmup < steps:
+        raise ValueError(
+            f"learning_rate.warmup={warmup} must be in [0, steps), and steps={steps}"
+        )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
+
+
+def inner(config: Mapping[str, Any], rate: Schedule) -> optax.GradientTransformation:
+    """The optax optimizer `config["name"]`, behind a clip of the global norm.
+
+    Args:
+      config: `name`, of optax or optax.contrib; `clip`, 0 or left out for none; the
+        rest are arguments of that optimizer.
+      rate: schedule of the learning rate.
+    Raises:
+      ValueError: an unknown name, or an argument that it does not take.
+    """
+    arguments = dict(config)
+    name, clip = config["name"], arguments.pop("clip", 0)
+    del arguments["name"]
+    if clip < 0:
+        raise ValueError(f"optimizer.clip={clip} must be a norm, or 0 for no clip")
+    factory: Any = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    taken = inspect.signature(factory).parameters if callable(factory) else {}
+    if factory is None or "learning_rate" not in taken:
+        raise ValueError(
+            f"optimizer.name={name!r} is no optimizer of optax or optax.contrib with a "
+            "learning rate, such as adamw, sgd, lion, adafactor, rmsprop or muon"
+        )
+    _require_taken("optimizer", name, arguments, set(taken) - {"learning_rate"})
+    optimizer: optax.GradientTransformation = factory(rate, **arguments)
+    # Inside the wrapper: outside of it the norm would jump where a method probes.
+    return (
+        optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+    )
+
+
+def sparse(
+    config: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    rate: Schedule,
+    *,
+    steps: int,
+    seed: int,
+) -> tuple[optax.GradientTransformation, tk.Method | None]:
+    """The optimizer under the sparse method that `config` names.
+
+    Args:
+      config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
+        `axes`, `where`, `distribution`, `drop_decay`, and `refresh` with
+        `refresh_start` and `refresh_stop`; the rest are arguments of the method.
+      optimizer: what to wrap.
+      rate: the schedule inside `optimizer`, for a decoupled penalty.
+      steps: length of the run: a refresh must fall within it.
+      seed: of the random draws.
+    Returns:
+      The transformation and its method; for "dense", the optimizer itself and None.
+    Raises:
+      ValueError: an unknown method or argument, or a value that the library refuses.
+    """
+    arguments = dict(config)
+    name = config["method"]
+    del arguments["method"]
+    if name == "dense":
+        _require_taken("sparse", name, arguments, set())
+        return optimizer, None
+    if name not in tk.METHODS:
+        raise ValueError(
+            f"sparse.method={name!r} is unknown; there are dense, "
+            f"{', '.join(sorted(tk.METHODS))}"
+        )
+    factory = tk.METHODS[name]
+    reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
+    where = arguments.pop("where", "")
+    arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
+    arguments["where"] = where.split(",") if where else tk.kernels
+    if "refresh" in arguments:
+        arguments["refresh"] = _due(arguments, steps)
+    if "drop_fraction" in arguments:
+        decay = arguments.pop("drop_decay", "constant")
+        arguments["drop_fraction"] = _drop(arguments["drop_fraction"], decay, steps)
+    _require_taken(
+        "sparse", name, arguments, set(inspect.signature(factory).parameters)
+    )
+    stop = arguments.get("stop")
+    if stop is not None and stop >= steps:
+        raise ValueError(
+            f"sparse.stop={stop} never comes within steps={steps}; None never stops"
+        )
+    method = factory(**arguments)
+    tx = tk.sparse(
+        optimizer,
+        method,
+        seed=seed,
+        reset=reset,
+        axes=tk.axes(dict(axes)) if axes else None,
+        learning_rate=rate,
+    )
+    return tx, method
+
+
+def _due(arguments: dict[str, Any], steps: int) -> Any:
+    every = arguments["refresh"]
+    start, stop = (
+        arguments.pop("refresh_start", None),
+        arguments.pop("refresh_stop", None),
+    )
+    if tk.first_due(tk.every(every, start, stop), steps) is None:
+        raise ValueError(
+            f"sparse.refresh={every} (start={start}, stop={stop}) never falls within "
+            f"steps={steps}, so the masks would never change; refresh earlier, train "
+            "longer, or say method=static"
+        )
+    # Masks chosen after the last step would be exported without ever being trained.
+    return tk.every(every, start, steps if stop is None else min(stop, steps))
+
+
+def _drop(fraction: float, decay: str, steps: int) -> float | Schedule:
+    if decay not in ("constant", "cosine"):
+        raise ValueError(f"sparse.drop_decay={decay!r} must be constant or cosine")
+    if decay == "constant":
+        return fraction
+    return optax.cosine_decay_schedule(fraction, steps)
+
+
+def _distribution(config: Any) -> Any:
+    if isinstance(config, str):
+        if config not in DISTRIBUTIONS:
+            raise ValueError(
+                f"sparse.distribution={config!r} is unknown; there are "
+                f"{', '.join(DISTRIBUTIONS)}, or a mapping {{pattern: sparsity}}"
+            )
+        return DISTRIBUTIONS[config]
+    return tk.by_path(dict(config))
+
+
+def _require_taken(
+    section: str, name: str, given: Mapping[str, Any], taken: set[str]
+) -> None:
+    for key in given:
+        if key not in taken:
+            raise ValueError(
+                f"{section}.{key} is no argument of {name}; it takes "
+                f"{', '.join(sorted(taken)) or 'none'}"
+            )

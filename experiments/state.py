@@ -1,0 +1,173 @@
+"""What training carries from step to step, and the step itself."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+import topkast_jax as tk
+from experiments import mesh as meshes
+from experiments.tasks import Task
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """Everything a step reads and replaces.
+
+    Attributes:
+      params: theta, the reservoir included.
+      opt_state: of the transformation, masks included where it is sparse.
+      carry: what the task hands on from batch to batch; rows are axis 0.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    carry: PyTree
+
+
+Measures = dict[str, jax.Array]
+StepFn = Callable[[State, Mapping[str, jax.Array], jax.Array, Any], Any]
+
+
+def is_sparse(opt_state: PyTree) -> bool:
+    """Whether a state of `tk.sparse` is inside; arrays or ShapeDtypeStructs."""
+    try:
+        tk.masks(opt_state)
+    except ValueError:
+        return False
+    return True
+
+
+def alpha(params: PyTree, opt_state: PyTree, sparse: bool) -> PyTree:
+    """The weights that the model uses; differentiable."""
+    return tk.sparsify(params, tk.masks(opt_state)) if sparse else params
+
+
+def initial(
+    task: Task, tx: optax.GradientTransformation
+) -> Callable[[jax.Array], State]:
+    """`key -> State` of step 0, to run under jit with the shardings of the state."""
+
+    def init(key: jax.Array) -> State:
+        params, carry = task.init(key)
+        return State(params, tx.init(params), carry)
+
+    return init
+
+
+def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> State:
+    """Sharding of every array of a state.
+
+    Parameters by the rules, the optimizer state like the parameters it belongs to, the
+    carry by its rows, everything else on every device.
+
+    Args:
+      mesh: from `mesh.make`.
+      rules: see `mesh.parameter_shardings`.
+      abstract: ShapeDtypeStructs.
+    Raises:
+      ValueError: rules that do not fit, or a mesh that does not divide the rows.
+    """
+    params = meshes.parameter_shardings(mesh, rules, abstract.params)
+    everywhere = meshes.replicated(mesh)
+    opt_state = tk.state_shardings(
+        abstract.opt_state, abstract.params, params, everywhere
+    )
+    return State(
+        params, opt_state, meshes.batch_shardings(mesh, abstract.carry, "carry")
+    )
+
+
+def placed(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """ShapeDtypeStructs with shardings."""
+    return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
+
+
+def step(task: Task, tx: optax.GradientTransformation, *, sparse: bool) -> StepFn:
+    """`(state, batch, key, step) -> (state, measures)`, pure.
+
+    A step with NaN or Inf in its loss or gradient changes nothing: the state comes back
+    as it was, and `measures["bad"]` counts what was not finite. What to do about it is
+    the loop's business, and may wait until the loop looks.
+
+    Args:
+      task: gives the loss.
+      tx: the transformation, `tk.sparse(...)` or any of optax.
+      sparse: whether `tx` holds a `tk.sparse`.
+    Returns:
+      The step. `key` is the run's, `step` an int32 scalar; both are folded together.
+      Measures are scalars, but for `bad`: int32, entries that are NaN or Inf in the
+      loss, then in each gradient, then in each new parameter, in flattening order. The
+      last are zero unless a finite gradient made an update that is not.
+    """
+
+    def run(
+        state: State, batch: Mapping[str, jax.Array], key: jax.Array, step: Any
+    ) -> tuple[State, Measures]:
+        def objective(theta: PyTree) -> Any:
+            weights = alpha(theta, state.opt_state, sparse)
+            return task.loss(weights, state.carry, batch, jax.random.fold_in(key, step))
+
+        (loss, (carry, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
+            state.params
+        )
+        bad = _nonfinite([loss, *jax.tree.leaves(grads)])
+
+        def update() -> State:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            return State(optax.apply_updates(state.params, updates), opt_state, carry)
+
+        # A branch, not a select: that would hold a second copy of the state.
+        after = jax.lax.cond(jnp.sum(bad) == 0, update, lambda: state)
+        bad = jnp.concatenate([bad, _nonfinite(jax.tree.leaves(after.params))])
+        measures = {"loss": loss, **aux, "bad": bad}
+        if sparse:
+            measures["churn"] = tk.metrics.churn(
+                tk.masks(state.opt_state), tk.masks(after.opt_state)
+            )
+        return after, measures
+
+    return run
+
+
+def _nonfinite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in arrays])
+
+
+def compile_step(
+    run: StepFn, shardings: State, state: State, *arguments: Any
+) -> jax.stages.Compiled:
+    """A step compiled for these arrays: others are an error, never a recompilation.
+
+    Args:
+      run: from `step`; it donates its state.
+      shardings: of the state, before and after.
+      state: arrays, or ShapeDtypeStructs with shardings.
+      *arguments: batch, key and step.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    outputs = (shardings, meshes.replicated(mesh))
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=outputs)
+    return jitted.lower(state, *arguments).compile()
+
+
+def blame(bad: Any, params: PyTree) -> str:
+    """Names what was not finite in one step, from its `measures["bad"]`."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    said = ["loss is NaN or Inf"] if bad[0] else []
+    for what, counts in (("gradient", bad[1:]), ("new value", bad[1 + len(flat) :])):
+        for (path, leaf), count in zip(flat, counts, strict=False):
+            if count:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                said.append(f"{what} of {name}: {count} of {leaf.size} entries")
+    more = f", and {len(said) - 2} more parameters" if len(said) > 2 else ""
+    return "; ".join(said[:2]) + more
+
+
+def was_applied(bad: Any) -> bool:
+    """Whether a step made its update all the same: its gradient was finite."""
+    return not bad[: len(bad) // 2 + 1].any()

@@ -1,0 +1,49 @@
+"""What the train loop knows of a task: pure functions over pytrees."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import grain
+import jax
+
+Config = Any  # ml_collections.ConfigDict, whose attributes have no types
+Params = Any  # tree of trainable arrays, as Flax names them
+Carry = Any  # tree of arrays that go from step to step and are not trained
+Batch = Mapping[str, jax.Array]
+Scalars = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Task(NamedTuple):
+    """A model, its objective and its data.
+
+    Every leaf of a carry and of a batch has the rows of the global batch as axis
+    `batch_axes`, so that one rule shards them all. Weights are handed in as `alpha`:
+    the task does not know whether they are sparse.
+
+    Attributes:
+      init: key -> (params, carry), the carry for `config.batch_size` rows. Needs no
+        data and works under `jax.eval_shape`.
+      carry: rows -> the carry before any batch, for training or for evaluation.
+      loss: (alpha, carry, batch, key) -> (loss, (carry, aux)). `loss` is a mean over
+        what counts in the batch, `aux` a dict of scalars; `key` is for dropout.
+      metrics: (alpha, carry, batch) -> (sums, carry). `sums` maps a name to a pair
+        (sum, count); add both over the batches, then divide.
+      batches: (split, *, seed, loop) -> grain.IterDataset of dicts of NumPy arrays with
+        `config.batch_size` rows; its iterators have get_state and set_state. Endless
+        and drawn by `seed` with loop=True, else one pass in order, nothing dropped.
+      uses: how often each entry of a kernel is multiplied in the forward pass of one
+        training step, by the path of the kernel; also an embedding that serves as the
+        output layer.
+      batch_axes: the axis, in every leaf of carry and batch, along which rows lie.
+    """
+
+    init: Callable[[jax.Array], tuple[Params, Carry]]
+    carry: Callable[[int], Carry]
+    loss: Callable[
+        [Params, Carry, Batch, jax.Array], tuple[jax.Array, tuple[Carry, Scalars]]
+    ]
+    metrics: Callable[[Params, Carry, Batch], tuple[Sums, Carry]]
+    batches: Callable[..., grain.IterDataset]
+    uses: Mapping[str, int]
+    batch_axes: int = 0

@@ -1,0 +1,274 @@
+"""Trains a task with a sparse method.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same command resumes. Ctrl-C and SIGTERM save first; a second one kills. The workdir
+gets metrics.jsonl, tensorboard/, checkpoints/ and summary.png.
+
+Exit codes: 0 finished; 2 bad input, found before training and said in one line; 3 the
+training had to stop (NaN, a gradient that reached dead weights); 130 and 143 saved
+after Ctrl-C and SIGTERM.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import topkast_jax as tk
+from experiments import command, compare, evaluate, log, optimizer, plot, tasks
+from experiments import mesh as meshes
+from experiments import state as states
+from experiments.checkpoint import Checkpoints
+from experiments.config import Watched, as_json, require, require_all_read
+from experiments.interrupt import Interrupts
+from experiments.position import Position, flops, layers, line, never, train_row, words
+from experiments.provenance import provenance, require_same_config
+
+AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
+            "dense_steps": 0}  # fmt: skip
+ON_NAN = ("stop", "skip", "restore")
+MOST_SKIPS = 20  # in a row, with on_nan="skip"
+MOST_RESTORES = 3  # without a new checkpoint, with on_nan="restore"
+SHOWN = ("loss", "bits_per_byte", "sparsity", "churn")
+ADVICE = (
+    "Nothing was saved since; to go on without such batches, say "
+    "--config.on_nan=skip or --config.on_nan=restore"
+)
+TOO_LATE = (
+    "Its gradient was finite, so the update was made and cannot be skipped; say "
+    "--config.on_nan=restore, or lower the learning rate"
+)
+STOPPED = 3
+
+
+class Stopped(RuntimeError):
+    """Training cannot go on; the checkpoints on disk are from before it went wrong."""
+
+
+class Outcome(NamedTuple):
+    """What `train` leaves: the last state, the steps done, the metrics of the last
+    evaluation, and the number of the signal that ended the run early, if one did.
+    """
+
+    state: states.State
+    step: int
+    metrics: dict[str, float]
+    signal: int | None
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
+    """Trains what `config` says, or goes on from the workdir's newest checkpoint.
+
+    Args:
+      config: see configs/quickstart.py.
+      workdir: where everything is written; made where it is missing.
+    Raises:
+      BadInput: the config or the workdir cannot be trained with; nothing was written.
+      Stopped: the training went wrong, see `config.on_nan`.
+    """
+    workdir = pathlib.Path(workdir)
+    with command.checking():
+        cfg = Watched(config)
+        require(cfg, AT_LEAST, {"on_nan": ON_NAN})
+        mesh = meshes.make(cfg.mesh)
+        task = tasks.make(cfg)
+        rate = optimizer.learning_rate(cfg.learning_rate, cfg.steps)
+        dense_tx = optimizer.inner(cfg.optimizer, rate)
+        tx, method = optimizer.sparse(
+            cfg.sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed
+        )
+
+        # Shapes first: where every array lives is known before there is one.
+        init_key, step_key = jax.random.split(jax.random.key(cfg.seed))
+        init = states.initial(task, tx)
+        abstract = jax.eval_shape(init, init_key)
+        plan = "dense: no masks"
+        if isinstance(tx, tk.Sparse):
+            plan = str(tk.plan(tx, abstract.params))
+        shardings = states.shardings(mesh, cfg.sharding, abstract)
+        data = iter(task.batches("train", seed=cfg.seed, loop=True))
+        data_start, batch = data.get_state(), next(data)
+        batch_shardings = meshes.batch_shardings(mesh, batch, "batch")
+        evaluation = evaluate.evaluator(task, mesh, cfg.eval_batches)
+        checkpoints = Checkpoints(workdir, cfg.keep, warn=log.warn)
+
+        def prepare(meta: Mapping[str, Any]) -> states.State:
+            for change in require_same_config(workdir, meta["config"], as_json(config)):
+                print(f"since the checkpoint: {change}")
+            return states.placed(abstract, shardings)
+
+        print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
+        require_all_read(cfg)
+        restored = checkpoints.restore(prepare)
+    print(plan)
+
+    if restored:
+        state, at = restored.state, Position(**restored.meta["position"])
+        data.set_state(restored.data)
+        print(f"going on from step {at.step}, the newest checkpoint in {workdir}")
+    else:
+        state, at = jax.jit(init, out_shardings=shardings)(init_key), Position()
+        data.set_state(data_start)
+    workdir.mkdir(parents=True, exist_ok=True)
+    origin = provenance(config)
+
+    def save() -> None:
+        meta = {"position": dataclasses.asdict(at), **origin}
+        checkpoints.save(at.step, state, data.get_state(), meta)
+
+    with (
+        Interrupts() as interrupts,
+        checkpoints,
+        log.Log(workdir, step=at.step if restored else None, steps=cfg.steps) as out,
+    ):
+        key = jax.device_put(step_key, meshes.replicated(mesh))
+        arguments = (jax.device_put(batch, batch_shardings), key, np.int32(0))
+        began = time.perf_counter()
+        run = states.step(task, tx, sparse=method is not None)
+        step = states.compile_step(run, shardings, state, *arguments)
+        out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
+        if method and cfg.dense_steps and not out.last("dense"):
+            beside = compare.with_dense(
+                task, dense_tx, mesh, cfg.sharding, step, state, *arguments,
+                rounds=cfg.dense_steps,
+            )  # fmt: skip
+            out.write("dense", at.step, beside)
+        if cfg.on_nan == "restore":
+            save()  # so that there is something to go back to
+        # On CPU, several devices on few cores deadlock when steps queue up (jax 0.10).
+        lockstep = mesh.size > 1 and jax.default_backend() == "cpu"
+
+        intervals = (cfg.log_every, cfg.eval_every, cfg.save_every)
+        refreshed = method.due if method and method.due else never
+        metrics = out.last("eval") or {}
+        passed_over: set[int] = set()  # batches, after a restore
+        churn: dict[str, float] = {}  # of the last refresh
+        skips, restores, seconds, timed = 0, 0, 0.0, 0
+        while at.step < cfg.steps and interrupts.signal is None:
+            # To the next step after which there is something to do.
+            pause = min(at.step - at.step % every + every for every in intervals)
+            pending: list[tuple[int, states.Measures]] = []  # (batch, what it gave)
+            began = time.perf_counter()
+            while at.step < min(pause, cfg.steps):
+                batch = next(data)
+                at.batches += 1
+                if at.batches in passed_over:
+                    continue
+                placed = jax.device_put(batch, batch_shardings)
+                state, measures = step(state, placed, key, np.int32(at.step))
+                at.step += 1
+                pending.append((at.batches, measures))
+                if lockstep:
+                    jax.block_until_ready(measures)
+                if interrupts.signal is not None:
+                    break
+            batches, measured = zip(*jax.device_get(pending), strict=True)  # waits
+            seconds += time.perf_counter() - began
+            timed += len(measured)
+            log_now, eval_now, save_now = (
+                at.step % every == 0 or at.step == cfg.steps for every in intervals
+            )
+
+            # A step that was not finite changed nothing, so looking late loses nothing.
+            bad = [i for i, each in enumerate(measured) if each["bad"].any()]
+            skips = skips + len(bad) if len(bad) == len(measured) else 0
+            if bad:
+                said = states.blame(measured[bad[0]]["bad"], state.params)
+                number = at.step - len(measured) + bad[0]
+                problem = f"step {number}, batch {batches[bad[0]]}: {said}"
+                if cfg.on_nan == "stop":
+                    raise Stopped(f"{problem}. {ADVICE}")
+                if cfg.on_nan == "skip" and skips >= MOST_SKIPS:
+                    raise Stopped(f"{problem}. The last {skips} steps were all like it")
+                if cfg.on_nan == "skip" and states.was_applied(measured[bad[0]]["bad"]):
+                    raise Stopped(f"{problem}. {TOO_LATE}")
+                if cfg.on_nan == "restore" and restores >= MOST_RESTORES:
+                    raise Stopped(
+                        f"{problem}. Going back {restores} times did not help"
+                    )
+                at.skipped += len(bad)
+                out.say(f"{problem}; on_nan={cfg.on_nan}, {at.skipped} skipped so far")
+            if bad and cfg.on_nan == "restore":
+                passed_over.add(batches[bad[0]])
+                restores += 1
+                back = checkpoints.restore(prepare)
+                assert back is not None  # saved before the first step
+                state, at = back.state, Position(**back.meta["position"])
+                data.set_state(back.data)
+                out.rewind(at.step)
+                out.say(f"went back to step {at.step}, to pass that batch over")
+                continue
+
+            at.add(measured)
+            masks = tk.masks(state.opt_state) if method else None
+            probed = [refreshed(at.step - n) for n in range(len(measured))]
+            spent, dense = flops(state.params, masks, task.uses, probed)
+            at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
+            if log_now:
+                row = train_row(at, masks, refreshed, rate)
+                out.write("train", at.step, row | {"step_time": seconds / timed})
+                churn = {"churn": row["churn"]} if "churn" in row else churn
+                text = line(churn | row, SHOWN, seconds / timed, cfg.steps - at.step)
+                out.progress(at.step, text)
+                at.window, seconds, timed = [], 0.0, 0
+            if eval_now:
+                weights = state.params
+                if masks is not None:
+                    _require_sound(state, at.step)
+                    weights = tk.export(state.params, state.opt_state)
+                    out.write("layers", at.step, layers(masks))
+                metrics = evaluation(weights, "validation")
+                out.write("eval", at.step, metrics)
+                out.say(f"step {at.step}: held-out {words(metrics)}")
+            if save_now:
+                save()
+                restores = 0
+        save()
+    picture = plot.summary(workdir, cfg.name)
+    print(f"{workdir}: {log.ROWS}, tensorboard/, checkpoints/, {picture.name}")
+    left = interrupts.signal if at.step < cfg.steps else None
+    return Outcome(state, at.step, metrics, left)
+
+
+def _require_sound(state: states.State, step: int) -> None:
+    """Stops on a gradient that reached dead weights, and on weights off the mask."""
+    try:
+        tk.check(state.params, state.opt_state)
+    except ValueError as error:
+        raise Stopped(f"step {step}: {error}") from error
+
+
+def main(argv: list[str]) -> int:
+    """Trains, and turns what happened into an exit code."""
+    del argv
+    config = flags.FLAGS.config
+    if config is None:
+        raise command.BadInput("--config is missing, as in configs/quickstart.py")
+    try:
+        name = config.name
+    except OSError as error:  # the flag keeps a missing file to itself until asked
+        raise command.BadInput(f"--config: {error.__cause__ or error}") from error
+    workdir = flags.FLAGS.workdir or pathlib.Path("runs") / name
+    try:
+        outcome = train(config, workdir)
+    except Stopped as error:
+        log.warn(f"stopped: {error}")
+        return STOPPED
+    if outcome.signal is not None:
+        print(f"saved at step {outcome.step}; the same command goes on from there")
+        return 128 + outcome.signal
+    print(f"finished: held-out {words(outcome.metrics)}")
+    return 0
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "File, or file:arguments.")
+    flags.DEFINE_string("workdir", None, "Where to write; default runs/<config.name>.")
+    command.run(main)

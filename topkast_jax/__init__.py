@@ -1,0 +1,61 @@
+"""Always-sparse training in JAX: Top-KAST and its peers as optax transformations."""
+
+from topkast_jax import metrics
+from topkast_jax._trees import axes, kernels, masks
+from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
+from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
+from topkast_jax.drop_in import DropInState, drop_in
+from topkast_jax.forward import export, sparsify
+from topkast_jax.health import Health, NonFinite, check, health
+from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
+from topkast_jax.optimizer import Sparse, plan, sparse
+from topkast_jax.plan import Plan
+from topkast_jax.schedule import at, cosine, cubic, every, first_due
+from topkast_jax.select import random_k, top_k, top_k_tree
+from topkast_jax.sharding import state_shardings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Axes",
+    "Counts",
+    "DropInState",
+    "Health",
+    "Leaf",
+    "LeafMasks",
+    "Masks",
+    "Method",
+    "NonFinite",
+    "Plan",
+    "Sparse",
+    "SparseState",
+    "at",
+    "axes",
+    "by_path",
+    "check",
+    "cosine",
+    "cubic",
+    "drop_in",
+    "erdos_renyi",
+    "erk",
+    "every",
+    "export",
+    "first_due",
+    "health",
+    "kernels",
+    "masks",
+    "metrics",
+    "plan",
+    "random_k",
+    "rigl",
+    "set_",
+    "sparse",
+    "sparsify",
+    "state_shardings",
+    "static",
+    "top_k",
+    "top_k_tree",
+    "top_kast",
+    "uniform",
+]

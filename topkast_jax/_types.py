@@ -1,0 +1,190 @@
+"""The words of the library as types: sets, masks, leaves, methods, state."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+PyTree: TypeAlias = Any
+KeyPath: TypeAlias = tuple[Any, ...]
+Step: TypeAlias = int | Int[Array, ""]
+Scalar: TypeAlias = float | Float[Array, ""] | Int[Array, ""]
+Schedule: TypeAlias = Callable[[Any], Any]
+"""`step -> value`; any optax schedule fits."""
+Due: TypeAlias = Callable[[Any], Any]
+"""`step -> bool`; elementwise on an array of steps."""
+Entries: TypeAlias = Any
+"""A set of positions in one leaf. Its form belongs to the layout: methods only pass it
+on. In the masked layout it is a bool array of the leaf's shape."""
+Memory: TypeAlias = PyTree
+"""What a method remembers of one leaf between refreshes; a pytree of arrays."""
+
+
+class Axes(NamedTuple):
+    """Roles of the axes of one leaf, each a tuple of ascending axis numbers.
+
+    A leaf is read as (stack..., window..., inputs..., outputs...). Selection runs per
+    slice of `stack`; `window` (the spatial axes of a convolution) counts toward the
+    fan-in and is kept apart only because ERK counts it apart.
+    """
+
+    stack: tuple[int, ...]
+    window: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def within(self) -> tuple[int, ...]:
+        """The axes inside one slice, ascending."""
+        return tuple(sorted(self.window + self.inputs + self.outputs))
+
+
+class Counts(NamedTuple):
+    """Sizes of A and B of one leaf, per slice of its stack axes."""
+
+    forward: int
+    backward: int
+
+
+class LeafMasks(NamedTuple):
+    """A and B of one leaf, in the form of its layout."""
+
+    forward: Entries
+    backward: Entries
+
+
+class Masks(NamedTuple):
+    """Trees shaped like the parameters, valid for the coming step.
+
+    A leaf is None where the parameter is dense. In the masked layout `forward` (A) and
+    `backward` (B) hold bool arrays; `probe` (P) holds a scalar bool for "everything", a
+    mask for a subset, and None where the method never probes.
+    """
+
+    forward: PyTree
+    backward: PyTree
+    probe: PyTree
+
+
+class Leaf(Protocol):
+    """One sparse parameter as a method sees it, whatever its layout stores.
+
+    The arrays run over the entries that the layout holds: all of them in the masked
+    layout, those of B in the packed one. `grad` is zero outside B and P. A method reads
+    the arrays elementwise, and makes sets with the verbs, so that the same method runs
+    in every layout.
+    """
+
+    @property
+    def value(self) -> Array: ...
+    @property
+    def forward(self) -> Array: ...
+    @property
+    def backward(self) -> Array: ...
+    @property
+    def grad(self) -> Array: ...
+    @property
+    def counts(self) -> Counts: ...
+    @property
+    def learning_rate(self) -> Scalar | None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def axes(self) -> Axes: ...
+    @property
+    def key(self) -> jax.Array: ...
+
+    def top(self, scores: Array, k: Any, among: Array | None = None) -> Entries:
+        """The `k` entries of largest score, among those marked; ties by position."""
+        ...
+
+    def grow(self, score: "Score", k: Any, outside: Entries) -> Entries:
+        """The `k` candidates of largest score outside a set; ties in random order."""
+        ...
+
+    def draw(self, k: Any, outside: Entries | None = None) -> Entries:
+        """`k` random positions of the whole leaf, outside a set."""
+        ...
+
+    def union(self, first: Entries, second: Entries) -> Entries:
+        """Union of two sets."""
+        ...
+
+    def where(self, condition: Any, first: Entries, second: Entries) -> Entries:
+        """One of two sets, by a scalar bool that may be traced."""
+        ...
+
+    def masks(self, forward: Entries, backward: Entries) -> LeafMasks:
+        """A and B, as the state keeps them."""
+        ...
+
+
+Score: TypeAlias = Callable[[Leaf, Memory], Array]
+CountRule: TypeAlias = Callable[
+    [Mapping[str, tuple[int, ...]], Mapping[str, int]], dict[str, Counts]
+]
+
+
+class Method(NamedTuple):
+    """One paper: which sets, chosen how and when. Pure functions over a `Leaf`.
+
+    Attributes:
+      name: what messages call it.
+      counts: `({path: slice shape}, {path: slices}) -> {path: Counts}`, on the host.
+      init: `(leaf) -> (masks, memory)`, valid for step 0.
+      refresh: `(leaf, memory, step) -> (masks, memory)`, valid for `step`.
+      due: at which steps a refresh takes effect; None for never.
+      where: which parameters are sparse.
+      reservoir: whether entries off B keep their value (else they are zero).
+      probe: `(leaf) -> set` seen, but not applied, in the step before a refresh; True
+        for everything. None when the method never probes.
+      observe: `(grad, memory) -> memory`, every step.
+      penalty: `(leaf) -> gradient` of the method's own penalty, added on B.
+      adjust: `(update, leaf, memory) -> update`, after the inner optimizer, every step.
+      needs_learning_rate: whether `adjust` reads `leaf.learning_rate`.
+    """
+
+    name: str
+    counts: CountRule
+    init: Callable[[Leaf], tuple[LeafMasks, Memory]]
+    refresh: Callable[[Leaf, Memory, Any], tuple[LeafMasks, Memory]]
+    due: Due | None
+    where: Any
+    reservoir: bool
+    probe: Callable[[Leaf], Any] | None = None
+    observe: Callable[[Array, Memory], Memory] | None = None
+    penalty: Callable[[Leaf], Array] | None = None
+    adjust: Callable[[Array, Leaf, Memory], Array] | None = None
+    needs_learning_rate: bool = False
+
+
+class SparseState(NamedTuple):
+    """State of `tk.sparse`; everything in it is an array.
+
+    Attributes:
+      sparse_step: int32, number of updates so far; the masks are for this step.
+      sparse_seed: uint32, from which every random draw is derived.
+      sparse_masks: A, B and P for this step.
+      sparse_memory: tree like the parameters, the method's memory at sparse leaves.
+      sparse_reservoir: bool, whether entries off B keep their value.
+      leaks: int32, updates whose gradient was nonzero outside B and P.
+      nonfinite_step: int32, first update with NaN or Inf in a gradient, -1 if none.
+      nonfinite_leaf: uint32, CRC-32 of the path of the first such parameter.
+      nonfinite_count: int32, how many entries of its gradient were NaN or Inf.
+      sparse_inner: state of the inner optimizer.
+    """
+
+    sparse_step: Int[Array, ""]
+    sparse_seed: Array
+    sparse_masks: Masks
+    sparse_memory: PyTree
+    sparse_reservoir: Bool[Array, ""]
+    leaks: Int[Array, ""]
+    nonfinite_step: Int[Array, ""]
+    nonfinite_leaf: Array
+    nonfinite_count: Int[Array, ""]
+    sparse_inner: optax.OptState

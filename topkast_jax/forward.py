@@ -1,0 +1,76 @@
+"""The weights that the network sees: alpha, differentiable or for export."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from topkast_jax import _trees
+from topkast_jax._types import Masks, PyTree
+
+
+@jax.custom_jvp
+def _on_forward_set(theta: Any, forward: Any, seen: Any) -> Any:
+    """theta on A, zero elsewhere; the tangent passes on `seen`, B with P."""
+    del seen
+    return jnp.where(forward, theta, jnp.zeros_like(theta))
+
+
+@_on_forward_set.defjvp
+def _on_forward_set_jvp(primals: Any, tangents: Any) -> Any:
+    theta, forward, seen = primals
+    tangent = tangents[0]
+    # where, never a product: 0 * NaN would let a masked NaN through.
+    return (
+        _on_forward_set(theta, forward, seen),
+        jnp.where(seen, tangent, jnp.zeros_like(tangent)),
+    )
+
+
+def sparsify(theta: PyTree, masks: Masks) -> PyTree:
+    """alpha: theta on A and exact zeros elsewhere, with a gradient that reaches B and P.
+
+    The forward pass, and so the gradient of the activations, uses A only. The gradient
+    with respect to theta is dL/dalpha on B and P, zero elsewhere: entries of B outside A
+    are trained by the gradient at alpha, as in Top-KAST (arXiv 2106.03517). Passes jvp,
+    vjp, hvp, remat, vmap and scan.
+
+    Args:
+      theta: parameters.
+      masks: `tk.masks(opt_state)`.
+    Returns:
+      Tree like `theta`; dense parameters are passed on as they are.
+    """
+
+    def leaf(forward: Any, backward: Any, probe: Any, value: Any) -> Any:
+        if forward is None:
+            return value
+        seen = backward if probe is None else backward | probe
+        return _on_forward_set(value, forward, seen)
+
+    return jax.tree.map(leaf, *masks, theta, is_leaf=lambda x: x is None)
+
+
+def export(params: PyTree, opt_state: optax.OptState) -> PyTree:
+    """Dense arrays with exact zeros off A: what evaluation, EMA and serving should see.
+
+    Args:
+      params: the parameters that are trained (theta; or alpha under `tk.drop_in`).
+      opt_state: any optimizer state that contains `tk.sparse`.
+    Returns:
+      Tree like `params`.
+    Raises:
+      ValueError: no `tk.sparse` in the state.
+    """
+    return apply_masks(params, _trees.masks(opt_state).forward)
+
+
+def apply_masks(params: PyTree, forward: PyTree) -> PyTree:
+    """`params` on a tree of masks, exact zeros elsewhere; None leaves a leaf as it is."""
+    return jax.tree.map(
+        lambda m, p: p if m is None else jnp.where(m, p, jnp.zeros_like(p)),
+        forward,
+        params,
+        is_leaf=lambda x: x is None,
+    )

@@ -1,0 +1,1 @@
+"""How a sparse parameter is stored; each layout offers methods a `Leaf`."""

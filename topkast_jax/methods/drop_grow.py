@@ -1,0 +1,129 @@
+"""Drop the smallest weights, grow others: SET and RigL."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from topkast_jax import distribution as distribution_lib
+from topkast_jax._trees import Where, kernels
+from topkast_jax._types import (
+    Due,
+    Entries,
+    Leaf,
+    LeafMasks,
+    Memory,
+    Method,
+    Schedule,
+)
+from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.methods.static import static
+from topkast_jax.schedule import every
+from topkast_jax.score import gradient, magnitude
+
+Grow = Callable[[Leaf, Any, Entries], Entries]
+
+
+def set_(
+    sparsity: float,
+    *,
+    drop_fraction: float | Schedule = 0.3,
+    refresh: Due = every(100),
+    distribution: Distribution = distribution_lib.uniform,
+    where: Where = kernels,
+) -> Method:
+    """SET, sparse evolutionary training: drop by magnitude, grow at random.
+
+    At a refresh with n = round(drop_fraction * k): keep the k - n largest |theta| of A,
+    grow n random entries outside those kept. A = B, weights off A are zero. As in the
+    RigL authors' SET, what was just dropped may be drawn again and then keeps its
+    value; other grown weights start at zero. (The paper drops the positive and negative
+    weights closest to zero in equal shares; magnitude is what later work compares.)
+
+    Args:
+      sparsity: fraction of zeros, in [0, 1).
+      drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
+      refresh: steps at which masks change.
+      distribution: how sparsity is spread over parameters.
+      where: which parameters are sparse.
+    Returns:
+      A `Method`.
+    Raises:
+      ValueError: a number out of range.
+    Reference:
+      Mocanu et al., 2018, arXiv 1707.04780.
+    """
+
+    def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
+        return leaf.draw(n, outside=kept)
+
+    method = _drop_grow(sparsity, drop_fraction, refresh, distribution, where, grow)
+    return method._replace(name="set")
+
+
+def rigl(
+    sparsity: float,
+    *,
+    drop_fraction: float | Schedule = 0.3,
+    refresh: Due = every(100),
+    distribution: Distribution = distribution_lib.uniform,
+    where: Where = kernels,
+) -> Method:
+    """RigL: drop by magnitude, grow where the dense gradient is largest.
+
+    As `set_`, but grows the n entries of largest |gradient| outside those kept, seen in
+    the step before the refresh (the probe set P is everything then, and nothing
+    otherwise). Equal gradients are taken in random order. The paper anneals
+    `drop_fraction` with `tk.cosine(0.3, stop)` and refreshes `tk.every(100, stop=stop)`
+    up to three quarters of training.
+
+    Args:
+      sparsity: fraction of zeros, in [0, 1).
+      drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
+      refresh: steps at which masks change.
+      distribution: how sparsity is spread over parameters.
+      where: which parameters are sparse.
+    Returns:
+      A `Method`.
+    Raises:
+      ValueError: a number out of range.
+    Reference:
+      Evci et al., "Rigging the Lottery", 2020, arXiv 1911.11134.
+    """
+
+    def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
+        return leaf.grow(gradient, n, outside=kept)
+
+    method = _drop_grow(sparsity, drop_fraction, refresh, distribution, where, grow)
+    return method._replace(name="rigl", probe=lambda leaf: True)
+
+
+def _drop_grow(
+    sparsity: float,
+    drop_fraction: float | Schedule,
+    refresh: Due,
+    distribution: Distribution,
+    where: Where,
+    grow: Grow,
+) -> Method:
+    """A method with A = B of constant size that starts from `static`'s masks."""
+    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction={drop_fraction} must lie in [0, 1]")
+    base = static(sparsity, distribution=distribution, where=where)
+
+    def dropped(k: int, step: Any) -> Any:
+        if callable(drop_fraction):
+            share = jnp.clip(drop_fraction(step), 0, 1)
+            return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
+        return int(round(drop_fraction * k))
+
+    def refresh_masks(
+        leaf: Leaf, memory: Memory, step: Any
+    ) -> tuple[LeafMasks, Memory]:
+        k = leaf.counts.forward
+        n = dropped(k, step)
+        kept = leaf.top(magnitude(leaf), k - n, among=leaf.forward)
+        chosen = leaf.union(kept, grow(leaf, n, kept))
+        return leaf.masks(chosen, chosen), memory
+
+    return base._replace(refresh=refresh_masks, due=refresh)

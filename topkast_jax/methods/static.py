@@ -1,0 +1,50 @@
+"""Static random sparsity: the baseline that every dynamic method must beat."""
+
+from typing import Any
+
+from topkast_jax import distribution as distribution_lib
+from topkast_jax._trees import Where, kernels
+from topkast_jax._types import Leaf, LeafMasks, Memory, Method
+from topkast_jax.distribution import Copies, Distribution, Shapes
+
+
+def static(
+    sparsity: float,
+    *,
+    distribution: Distribution = distribution_lib.uniform,
+    where: Where = kernels,
+) -> Method:
+    """A random mask, drawn once from the seed: A = B, weights off A are zero.
+
+    Args:
+      sparsity: fraction of zeros, in [0, 1).
+      distribution: how sparsity is spread over parameters.
+      where: which parameters are sparse.
+    Returns:
+      A `Method` that never refreshes.
+    Raises:
+      ValueError: a sparsity out of range.
+    """
+    distribution_lib.require_sparsity(sparsity)
+
+    def counts(shapes: Shapes, copies: Copies) -> Any:
+        k = distribution(shapes, sparsity, copies)
+        return distribution_lib.forward_and_backward(k, k, shapes)
+
+    def init_masks(leaf: Leaf) -> tuple[LeafMasks, Memory]:
+        chosen = leaf.draw(leaf.counts.forward)
+        return leaf.masks(chosen, chosen), ()
+
+    def keep_masks(leaf: Leaf, memory: Memory, step: Any) -> tuple[LeafMasks, Memory]:
+        del step
+        return LeafMasks(leaf.forward, leaf.backward), memory
+
+    return Method(
+        name="static",
+        counts=counts,
+        init=init_masks,
+        refresh=keep_masks,
+        due=None,
+        where=where,
+        reservoir=False,
+    )

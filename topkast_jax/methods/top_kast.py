@@ -1,0 +1,145 @@
+"""Top-KAST: Top-K Always Sparse Training (Jayakumar et al., arXiv 2106.03517)."""
+
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from topkast_jax import distribution as distribution_lib
+from topkast_jax._trees import Where, kernels
+from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method
+from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.schedule import every
+from topkast_jax.score import magnitude
+
+Norm = Literal["l2", "l1"]
+PenaltyMode = Literal["gradient", "decoupled"]
+Explore = Literal["top", "random"]
+
+
+def top_kast(
+    forward_sparsity: float,
+    backward_sparsity: float,
+    *,
+    refresh: Due = every(100),
+    penalty: float = 1e-4,
+    penalty_norm: Norm = "l2",
+    penalty_mode: PenaltyMode = "gradient",
+    stop: int | None = None,
+    explore: Explore = "top",
+    distribution: Distribution = distribution_lib.uniform,
+    where: Where = kernels,
+) -> Method:
+    """Top-KAST: forward with the k_A largest weights, train the k_B largest.
+
+    At a refresh, per parameter (per slice of a stacked one):
+
+        A = the k_A largest |theta|        used forward and for activation gradients
+        B = the k_B largest |theta|        updated by the gradient at alpha; A within B
+
+    The rest, the reservoir, keeps its value: not used, not updated, not decayed. It
+    comes back because the exploration penalty shrinks A and B,
+
+        R(theta_i) = |theta_i|_p on A,  |theta_i|_p / D on B \\ A,  0 elsewhere,
+
+    with D = k_A / size, the forward density. The paper prints the L1 norm and calls it
+    L2; L2 is `lambda / 2 * theta^2` here, so its gradient is lambda * theta.
+
+    Corner cases: equal sparsities give A = B; `backward_sparsity=0` gives B =
+    everything. `stop=0` fixes the initial selection.
+
+    Args:
+      forward_sparsity: fraction of zeros in the forward pass, in [0, 1).
+      backward_sparsity: fraction of weights not updated, in [0, forward_sparsity].
+      refresh: steps at which A and B are chosen anew.
+      penalty: lambda, at least 0.
+      penalty_norm: "l2" or "l1".
+      penalty_mode: "gradient" adds the penalty's gradient before the inner optimizer;
+        "decoupled" subtracts learning rate times it after, as AdamW does with weight
+        decay. Adam divides out the factor 1/D of the first form. The second needs
+        `tk.sparse(..., learning_rate=...)`.
+      stop: at this step A is chosen for the last time, and B := A from then on (the
+        paper's refinement phase). None never stops.
+      explore: "top", or "random" for the paper's ablation: B is A plus random entries,
+        drawn anew at each refresh.
+      distribution: how sparsity is spread over parameters.
+      where: which parameters are sparse.
+    Returns:
+      A `Method`.
+    Raises:
+      ValueError: sparsities out of range or order, an unknown option, a negative value.
+    """
+    distribution_lib.require_sparsity(forward_sparsity, "forward_sparsity")
+    distribution_lib.require_sparsity(backward_sparsity, "backward_sparsity")
+    if backward_sparsity > forward_sparsity:
+        raise ValueError(
+            f"backward_sparsity={backward_sparsity} is above forward_sparsity="
+            f"{forward_sparsity}: B must contain A; lower the backward sparsity"
+        )
+    for name, value, options in (
+        ("penalty_norm", penalty_norm, ("l2", "l1")),
+        ("penalty_mode", penalty_mode, ("gradient", "decoupled")),
+        ("explore", explore, ("top", "random")),
+    ):
+        if value not in options:
+            raise ValueError(f"{name}={value!r} is not one of {options}")
+    if not penalty >= 0:
+        raise ValueError(f"penalty={penalty} must be at least 0")
+    if stop is not None and stop < 0:
+        raise ValueError(f"stop={stop} must not be negative")
+
+    def counts(shapes: Shapes, copies: Copies) -> Any:
+        return distribution_lib.forward_and_backward(
+            distribution(shapes, forward_sparsity, copies),
+            distribution(shapes, backward_sparsity, copies),
+            shapes,
+        )
+
+    def due(step: Any) -> Any:
+        if stop is None:
+            return refresh(step)
+        return (refresh(step) & (step < stop)) | (step == stop)
+
+    def select(leaf: Leaf, last: Any) -> LeafMasks:
+        k_forward, k_backward = leaf.counts
+        forward = leaf.top(magnitude(leaf), k_forward)
+        if explore == "top":
+            backward = leaf.top(magnitude(leaf), k_backward)
+        else:
+            others = leaf.draw(k_backward - k_forward, outside=forward)
+            backward = leaf.union(forward, others)
+        return leaf.masks(forward, leaf.where(last, forward, backward))
+
+    def init_masks(leaf: Leaf) -> tuple[LeafMasks, Memory]:
+        return select(leaf, stop == 0), ()
+
+    def refresh_masks(
+        leaf: Leaf, memory: Memory, step: Any
+    ) -> tuple[LeafMasks, Memory]:
+        return select(leaf, False if stop is None else step == stop), memory
+
+    def penalty_gradient(leaf: Leaf) -> Array:
+        slice_size = math.prod(leaf.shape[a] for a in leaf.axes.within)
+        density = leaf.counts.forward / slice_size
+        theta = leaf.value if penalty_norm == "l2" else jnp.sign(leaf.value)
+        on_forward = penalty * theta
+        return jnp.where(leaf.forward, on_forward, on_forward / density)
+
+    def decay(update: Array, leaf: Leaf, memory: Memory) -> Array:
+        del memory
+        return update - leaf.learning_rate * penalty_gradient(leaf)
+
+    decoupled = penalty_mode == "decoupled"
+    return Method(
+        name="top_kast",
+        counts=counts,
+        init=init_masks,
+        refresh=refresh_masks,
+        due=due,
+        where=where,
+        reservoir=True,
+        penalty=penalty_gradient if penalty and not decoupled else None,
+        adjust=decay if penalty and decoupled else None,
+        needs_learning_rate=bool(penalty and decoupled),
+    )

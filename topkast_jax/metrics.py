@@ -1,0 +1,163 @@
+"""What a run is made of: sparsity, churn, overlap, dead units, FLOPs, bytes.
+
+All take trees of bool masks as `tk.masks` gives them, None where a parameter is dense.
+Counts are exact integers; the functions marked "host" return Python numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from topkast_jax import _trees
+from topkast_jax._trees import AxesRules
+from topkast_jax._types import Masks, PyTree
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _named(tree: PyTree) -> dict[str, Array]:
+    """`{path: mask}` of the sparse leaves."""
+    return {p.path: p.array for p in _trees.parameters(tree)[0]}
+
+
+def _nnz(mask: Array) -> int:
+    return int(jnp.sum(mask, dtype=jnp.int32))
+
+
+def sparsity(masks: Masks) -> dict[str, tuple[float, float]]:
+    """`{path: (of A, of B)}`, fractions of zeros, with "total" over sparse leaves; host."""
+    forward, backward = _named(masks.forward), _named(masks.backward)
+    counts = {
+        path: (_nnz(mask), _nnz(backward[path]), mask.size)
+        for path, mask in forward.items()
+    }
+    counts["total"] = tuple(map(sum, zip(*counts.values(), strict=True)))
+    return {path: (1 - a / n, 1 - b / n) for path, (a, b, n) in counts.items()}
+
+
+def churn(before: Masks, after: Masks) -> Float[Array, ""]:
+    """Share of A that was not in A before, over all sparse leaves; a jit-able scalar."""
+    old, new = jax.tree.leaves(before.forward), jax.tree.leaves(after.forward)
+    entered = sum(_float_count(n & ~o) for o, n in zip(old, new, strict=True))
+    return jnp.asarray(entered / sum(_float_count(n) for n in new))
+
+
+def _float_count(mask: Array) -> Array:
+    return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
+
+
+def overlap(a: PyTree, b: PyTree) -> dict[str, float]:
+    """`{path: |a and b| / |a or b|}` of two trees of masks, with "total"; host."""
+    first, second = _named(a), _named(b)
+    counts = {
+        path: (_nnz(mask & second[path]), _nnz(mask | second[path]))
+        for path, mask in first.items()
+    }
+    counts["total"] = tuple(map(sum, zip(*counts.values(), strict=True)))
+    return {path: both / max(1, either) for path, (both, either) in counts.items()}
+
+
+def ever_active(ever: PyTree, masks: Masks) -> PyTree:
+    """Union of a tree of masks with A; start from the first A and carry it along."""
+    return jax.tree.map(jnp.logical_or, ever, masks.forward)
+
+
+def reservoir_used(first: PyTree, ever: PyTree) -> Float[Array, ""]:
+    """Share of the entries outside the first A that have been in A since; a scalar."""
+    outside = sum(_float_count(~f) for f in jax.tree.leaves(first))
+    came = jax.tree.map(lambda f, e: _float_count(~f & e), first, ever)
+    return jnp.asarray(sum(jax.tree.leaves(came)) / jnp.maximum(outside, 1))
+
+
+def dead_units(masks: Masks, axes: AxesRules | None = None) -> dict[str, int]:
+    """`{path: output units without a single input in A}`, over all slices; host."""
+    named = _named(masks.forward)
+    rules = AxesRules({}) if axes is None else axes
+    roles = rules.resolve({path: mask.shape for path, mask in named.items()})
+    return {
+        path: _nnz(~jnp.any(mask, axis=roles[path].window + roles[path].inputs))
+        for path, mask in named.items()
+    }
+
+
+class Flops(NamedTuple):
+    """Multiplications and additions of one training step in matrix products.
+
+    Attributes:
+      dense: of the dense network: three products of equal cost.
+      forward: of the forward pass, with A only.
+      train: of the step: forward with A, gradient of activations with A, of weights
+        with B (and P in a step that probes everything).
+    """
+
+    dense: float
+    forward: float
+    train: float
+
+    @property
+    def fraction(self) -> float:
+        """(2 f_fwd + f_bwd) / 3 of the dense step. Analytic: says nothing of time."""
+        return self.train / self.dense
+
+
+def flops(params: PyTree, masks: Masks | None, uses: Mapping[str, int]) -> Flops:
+    """FLOPs of the next training step; host.
+
+    Args:
+      params: the parameters, or their shapes.
+      masks: `tk.masks(opt_state)`; None for a dense network.
+      uses: `{path: times}` each entry of a weight is used in one step, as a rule the
+        tokens of the batch (times output positions of a convolution). Weights left out
+        count as free.
+    Returns:
+      `Flops`.
+    Raises:
+      ValueError: `uses` names a parameter that does not exist.
+    """
+    sizes = {p.path: p.array.size for p in _trees.parameters(params)[0]}
+    _trees.require_matches(uses, list(sizes), "uses")
+    forward: dict[str, Array] = {}
+    backward: dict[str, Array] = {}
+    probe: dict[str, Array] = {}
+    if masks is not None:
+        forward, backward, probe = (_named(tree) for tree in masks)
+    dense = sparse_forward = train = 0.0
+    for path, times in uses.items():
+        size = a = b = sizes[path]
+        if path in forward:
+            a, b = _nnz(forward[path]), _nnz(backward[path])
+        if path in probe:
+            b = _nnz(backward[path] | probe[path])
+        dense += 3 * 2 * size * times
+        sparse_forward += 2 * a * times
+        train += 2 * (2 * a + b) * times
+    return Flops(dense, sparse_forward, train)
+
+
+class Bytes(NamedTuple):
+    """Bytes of the arrays a training run keeps."""
+
+    parameters: int
+    masks: int
+    optimizer: int
+
+
+def bytes_of(params: PyTree, opt_state: optax.OptState) -> Bytes:
+    """Bytes of parameters, of masks, and of the rest of the optimizer state.
+
+    Args:
+      params: arrays, or their shapes.
+      opt_state: any optimizer state, with or without `tk.sparse`, or its shapes.
+    """
+    masks = sum(_bytes(state.sparse_masks) for state in _trees.find_states(opt_state))
+    return Bytes(_bytes(params), masks, _bytes(opt_state) - masks)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,344 @@
+"""The optax transformation: one update of an always-sparse network, on one screen."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array
+
+from topkast_jax import _trees, forward, plan as plan_lib
+from topkast_jax._trees import AxesRules, Parameter
+from topkast_jax._types import (
+    LeafMasks,
+    Masks,
+    Method,
+    PyTree,
+    Scalar,
+    Schedule,
+    SparseState,
+)
+from topkast_jax.layouts.masked import MaskedLeaf
+from topkast_jax.plan import Plan, Site
+
+Reset = Literal["init", "keep"]
+LAYOUTS = ("masked",)
+
+
+class Sparse(optax.GradientTransformationExtraArgs):
+    """A gradient transformation that remembers what it was made of, for `tk.plan`."""
+
+    method: Method
+    inner: optax.GradientTransformationExtraArgs
+    axes: AxesRules
+
+    def __new__(
+        cls,
+        init: Callable[..., Any],
+        update: Callable[..., Any],
+        method: Method,
+        inner: optax.GradientTransformationExtraArgs,
+        axes: AxesRules,
+    ) -> "Sparse":
+        self = super().__new__(cls, init, update)
+        self.method, self.inner, self.axes = method, inner, axes
+        return self
+
+
+def sparse(
+    inner: optax.GradientTransformation,
+    method: Method,
+    *,
+    layout: str = "masked",
+    seed: int | Array = 0,
+    axes: AxesRules | None = None,
+    reset: Reset = "init",
+    learning_rate: float | Schedule | None = None,
+) -> Sparse:
+    """Trains with `inner` on the sets that `method` chooses.
+
+    The last transformation: only what passes or withholds a whole update may enclose it
+    (MultiSteps, apply_if_finite, masked, multi_transform); clipping, decay, schedules,
+    averaging go inside. With g the gradient of the loss at `tk.sparsify(theta, masks)`:
+
+        u = inner.update(g on B + penalty) on B,   -theta off B if there is no reservoir
+        at a refresh: A, B from theta + u;  moments of entries that enter or leave B
+        take the value that `inner.init` gives them
+
+    Args:
+      inner: any optax optimizer.
+      method: `tk.top_kast(...)`, `tk.rigl(...)`, ...
+      layout: how sparse parameters are stored; "masked": dense arrays under bool masks.
+      seed: of every random draw; together with step and path it fixes the masks.
+      axes: `tk.axes({...})`, what the axes of parameters mean; needed for stacked ones.
+      reset: what moments of entries that enter or leave B become, "init" or "keep".
+      learning_rate: of the inner optimizer, a number or a schedule; only methods with a
+        decoupled penalty ask for it.
+    Returns:
+      An optax transformation; its `update` needs `params`.
+    Raises:
+      ValueError: an unknown layout or reset, or a missing learning rate. `init` raises
+        if nothing is selected, or a parameter would keep nothing.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not one of {LAYOUTS}")
+    if reset not in ("init", "keep"):
+        raise ValueError(f"reset={reset!r} is not one of ('init', 'keep')")
+    if method.needs_learning_rate and learning_rate is None:
+        raise ValueError(
+            f"{method.name}: a decoupled penalty is scaled by the learning rate; pass "
+            "tk.sparse(..., learning_rate=...), the one that the inner optimizer has"
+        )
+    inner = optax.with_extra_args_support(inner)
+    rules = AxesRules({}) if axes is None else axes
+
+    def init_fn(params: PyTree) -> SparseState:
+        flat, treedef = _trees.parameters(params)
+        key_seed = jnp.asarray(seed, jnp.uint32)
+        sets, memory = {}, {}
+        found = plan_lib.sites(method, rules, flat)
+        for site in found:
+            value = jnp.asarray(flat[site.index].array)
+            nothing = LeafMasks(*[jnp.zeros_like(value, bool)] * 2)
+            leaf = _view(site, value, nothing, value, key_seed, 0)
+            sets[site.index], memory[site.index] = method.init(leaf)
+        return SparseState(
+            sparse_step=jnp.int32(0),
+            sparse_seed=key_seed,
+            sparse_masks=_as_trees(treedef, sets, probe_for(found, 0)),
+            sparse_memory=_scatter(treedef, memory),
+            sparse_reservoir=jnp.asarray(method.reservoir),
+            leaks=jnp.int32(0),
+            nonfinite_step=jnp.int32(-1),
+            nonfinite_leaf=jnp.uint32(0),
+            nonfinite_count=jnp.int32(0),
+            sparse_inner=inner.init(params),
+        )
+
+    def due(step: Any) -> Array:
+        return jnp.asarray(False if method.due is None else method.due(step))
+
+    def probe_for(found: list[Site], step: Any) -> dict[int, Array]:
+        """P of a step: its gradient decides the refresh that is due one step later."""
+        if method.probe is None:
+            return {}
+        return {site.index: due(jnp.int32(1) + step) for site in found}
+
+    def update_fn(
+        updates: PyTree, state: SparseState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, SparseState]:
+        if params is None:
+            raise ValueError(
+                "tk.sparse: update needs the parameters: "
+                "tx.update(grads, opt_state, params)"
+            )
+        flat, treedef = _trees.parameters(params)
+        found = plan_lib.sites(method, rules, flat)
+        theta = [jnp.asarray(p.array) for p in flat]
+        raw = treedef.flatten_up_to(updates)
+        forward_, backward, probe = (
+            treedef.flatten_up_to(t) for t in state.sparse_masks
+        )
+        memory_ = treedef.flatten_up_to(state.sparse_memory)
+        sets = {s.index: LeafMasks(forward_[s.index], backward[s.index]) for s in found}
+        memory = {s.index: memory_[s.index] for s in found}
+        step = state.sparse_step
+        rate = learning_rate(step) if callable(learning_rate) else learning_rate
+
+        def view(site: Site, value: Array, at: Any) -> MaskedLeaf:
+            i = site.index
+            args = (sets[i], grads[i], state.sparse_seed, at, memory[i], rate)
+            return _view(site, value, *args)
+
+        def off_mask(i: int, dtype: Any) -> Array:
+            """What moves a weight to where it belongs off B: nowhere, or to zero."""
+            rest = jnp.zeros_like(theta[i]) if method.reservoir else -theta[i]
+            return rest.astype(dtype)
+
+        # 1. The gradient on B and P. Anything nonzero elsewhere is a leak.
+        grads, leaked = {}, jnp.zeros((), bool)
+        for i in sets:
+            seen = backward[i] if probe[i] is None else backward[i] | probe[i]
+            leaked |= jnp.any(~seen & (raw[i] != 0))
+            grads[i] = _on(seen, raw[i])
+            if method.observe is not None:
+                memory[i] = method.observe(grads[i], memory[i])
+
+        # 2. The inner optimizer sees B, with the method's own penalty.
+        inward = list(raw)
+        for site in found:
+            i = site.index
+            inward[i] = _on(backward[i], grads[i])
+            if method.penalty is not None:
+                pull = method.penalty(view(site, theta[i], step))
+                inward[i] += _on(backward[i], pull).astype(raw[i].dtype)
+        outward, inner_state = inner.update(
+            treedef.unflatten(inward), state.sparse_inner, params, **extra
+        )
+
+        # 3. and 4. Its update counts on B only; without a reservoir, the rest lands on 0.
+        u = treedef.flatten_up_to(outward)
+        for site in found:
+            i = site.index
+            if method.adjust is not None:
+                u[i] = method.adjust(u[i], view(site, theta[i], step), memory[i])
+            u[i] = jnp.where(backward[i], u[i], off_mask(i, u[i].dtype))
+
+        # 5. and 6. Masks of the next step, from the parameters after this one.
+        def refreshed(operand: _Moving) -> _Moving:
+            moved = _add(theta, operand.u)
+            new_sets, new_memory, new_u = {}, {}, list(operand.u)
+            for site in found:
+                i = site.index
+                new_sets[i], new_memory[i] = method.refresh(
+                    view(site, moved[i], step + 1), operand.memory[i], step + 1
+                )
+                off = off_mask(i, u[i].dtype)
+                if not method.reservoir:
+                    new_u[i] = jnp.where(new_sets[i].backward, operand.u[i], off)
+            new_inner = operand.inner
+            if reset == "init":
+                fresh = inner.init(treedef.unflatten(_add(theta, new_u)))
+                changed = {i: new_sets[i].backward ^ backward[i] for i in sets}
+                new_inner = _reset(new_inner, fresh, flat, changed)
+            return _Moving(new_sets, new_memory, new_u, new_inner)
+
+        def refreshed_if_finite(operand: _Moving) -> _Moving:
+            moved = _add(theta, operand.u)
+            finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
+            return lax.cond(
+                jnp.stack(finite).all(), refreshed, lambda same: same, operand
+            )
+
+        bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in raw])
+        after = _Moving(sets, memory, u, inner_state)
+        if method.due is not None:
+            after = lax.cond(
+                due(step + 1) & ~bad.any(), refreshed_if_finite, lambda x: x, after
+            )
+        return treedef.unflatten(after.u), SparseState(
+            sparse_step=optax.safe_increment(step),
+            sparse_seed=state.sparse_seed,
+            sparse_masks=_as_trees(treedef, after.sets, probe_for(found, step + 1)),
+            sparse_memory=_scatter(treedef, after.memory),
+            sparse_reservoir=state.sparse_reservoir,
+            leaks=state.leaks + leaked.astype(jnp.int32),
+            **_first_nonfinite(state, flat, raw, bad),
+            sparse_inner=after.inner,
+        )
+
+    return Sparse(init_fn, update_fn, method, inner, rules)
+
+
+class _Moving(NamedTuple):
+    """What a refresh may replace: sets and memory by site, updates, inner state."""
+
+    sets: dict[int, LeafMasks]
+    memory: dict[int, Any]
+    u: list[Array]
+    inner: optax.OptState
+
+
+def plan(tx: Sparse, params: PyTree) -> Plan:
+    """Table of what is sparse, how it is read, and how much is kept, before training.
+
+    Args:
+      tx: what `tk.sparse` or `tk.drop_in` returned (not yet enclosed by another
+        transformation).
+      params: the parameters, or their shapes.
+    Returns:
+      `Plan`; `print` it.
+    Raises:
+      ValueError: as `tx.init`, or `tx` was not made by `tk.sparse`.
+    """
+    if not isinstance(tx, Sparse):
+        raise ValueError(
+            "tk.plan reads the transformation that tk.sparse returned; pass that one, "
+            f"before it is chained or wrapped, not a {type(tx).__name__}"
+        )
+    return plan_lib.make(tx.method, tx.inner, tx.axes, params)
+
+
+def _view(
+    site: Site,
+    value: Array,
+    sets: LeafMasks,
+    grad: Array,
+    seed: Array,
+    step: Any,
+    memory: Any = (),
+    learning_rate: Scalar | None = None,
+) -> MaskedLeaf:
+    return MaskedLeaf(
+        value=value,
+        forward=sets.forward,
+        backward=sets.backward,
+        grad=grad,
+        path=site.path,
+        axes=site.axes,
+        counts=site.counts,
+        key=_trees.leaf_key(seed, site.path, step),
+        memory=memory,
+        learning_rate=learning_rate,
+    )
+
+
+def _on(mask: Array, x: Array) -> Array:
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _add(theta: list[Array], u: list[Array]) -> list[Array]:
+    """As optax.apply_updates."""
+    return [(t + d).astype(t.dtype) for t, d in zip(theta, u, strict=True)]
+
+
+def _scatter(treedef: Any, by_index: dict[int, Any]) -> PyTree:
+    """A tree like the parameters, None where an index is left out."""
+    return treedef.unflatten([by_index.get(i) for i in range(treedef.num_leaves)])
+
+
+def _as_trees(
+    treedef: Any, sets: dict[int, LeafMasks], probe: dict[int, Array]
+) -> Masks:
+    return Masks(
+        _scatter(treedef, {i: s.forward for i, s in sets.items()}),
+        _scatter(treedef, {i: s.backward for i, s in sets.items()}),
+        _scatter(treedef, probe),
+    )
+
+
+def _reset(
+    state: PyTree, fresh: PyTree, params: list[Parameter], changed: dict[int, Array]
+) -> PyTree:
+    """Slots of the inner optimizer, as in `fresh` where entries enter or leave B."""
+    leaves, treedef = jax.tree.flatten(state)
+    news = treedef.flatten_up_to(fresh)
+    owners = _trees.slots(state, params)
+    return treedef.unflatten(
+        [
+            jnp.where(changed[owner], new, old) if owner in changed else old
+            for old, new, owner in zip(leaves, news, owners, strict=True)
+        ]
+    )
+
+
+def _first_nonfinite(
+    state: SparseState, params: list[Parameter], grads: list[Array], bad: Array
+) -> dict[str, Array]:
+    """Fields of the state about the first NaN or Inf in a gradient."""
+    first = bad.any() & (state.nonfinite_step < 0)
+    names = jnp.array([_trees.path_id(p.path) for p in params], jnp.uint32)
+
+    def count() -> Array:
+        each = [jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in grads]
+        return jnp.stack(each)[jnp.argmax(bad)]
+
+    return {
+        "nonfinite_step": jnp.where(first, state.sparse_step, state.nonfinite_step),
+        "nonfinite_leaf": jnp.where(
+            first, names[jnp.argmax(bad)], state.nonfinite_leaf
+        ),
+        "nonfinite_count": lax.cond(first, count, lambda: state.nonfinite_count),
+    }
