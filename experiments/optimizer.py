@@ -50,15 +50,7 @@ def inner(config: Mapping[str, Any], rate: Schedule) -> optax.GradientTransforma
     del arguments["name"]
     if clip < 0:
         raise ValueError(f"optimizer.clip={clip} must be a norm, or 0 for no clip")
-    factory: Any = getattr(optax, name, None) or getattr(optax.contrib, name, None)
-    taken = inspect.signature(factory).parameters if callable(factory) else {}
-    if factory is None or "learning_rate" not in taken:
-        raise ValueError(
-            f"optimizer.name={name!r} is no optimizer of optax or optax.contrib with a "
-            "learning rate, such as adamw, sgd, lion, adafactor, rmsprop or muon"
-        )
-    _require_taken("optimizer", name, arguments, set(taken) - {"learning_rate"})
-    optimizer: optax.GradientTransformation = factory(rate, **arguments)
+    optimizer = _call("optimizer", name, _named(name), arguments, learning_rate=rate)
     # Inside the wrapper: outside of it the norm would jump where a method probes.
     return (
         optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
@@ -92,7 +84,7 @@ def sparse(
     name = config["method"]
     del arguments["method"]
     if name == "dense":
-        _require_taken("sparse", name, arguments, set())
+        _require_taken("sparse", name, arguments, {})
         return optimizer, None
     if name not in tk.METHODS:
         raise ValueError(
@@ -109,15 +101,12 @@ def sparse(
     if "drop_fraction" in arguments:
         decay = arguments.pop("drop_decay", "constant")
         arguments["drop_fraction"] = _drop(arguments["drop_fraction"], decay, steps)
-    _require_taken(
-        "sparse", name, arguments, set(inspect.signature(factory).parameters)
-    )
     stop = arguments.get("stop")
     if stop is not None and stop >= steps:
         raise ValueError(
             f"sparse.stop={stop} never comes within steps={steps}; None never stops"
         )
-    method = factory(**arguments)
+    method = _call("sparse", name, factory, arguments)
     tx = tk.sparse(
         optimizer,
         method,
@@ -164,12 +153,42 @@ def _distribution(config: Any) -> Any:
     return tk.by_path(dict(config))
 
 
+def _named(name: str) -> Callable[..., Any]:
+    for home in (optax, optax.contrib):
+        found: Any = getattr(home, name, None)
+        if callable(found) and "learning_rate" in inspect.signature(found).parameters:
+            return found
+    raise ValueError(
+        f"optimizer.name={name!r} is no optimizer of optax or optax.contrib with a "
+        "learning rate, such as adamw, sgd, lion, adafactor, rmsprop or muon"
+    )
+
+
+def _call(
+    section: str,
+    name: str,
+    factory: Callable[..., Any],
+    given: Mapping[str, Any],
+    **more: Any,
+) -> Any:
+    """`factory(**given, **more)`, where `given` comes from that section of a config."""
+    parameters = dict(inspect.signature(factory).parameters)
+    for key in more:
+        del parameters[key]
+    _require_taken(section, name, given, parameters)
+    for key, parameter in parameters.items():
+        needed = parameter.default is inspect.Parameter.empty
+        if needed and key not in given:
+            raise ValueError(f"{section}.{key} is missing; {name} needs it")
+    return factory(**given, **more)
+
+
 def _require_taken(
-    section: str, name: str, given: Mapping[str, Any], taken: set[str]
+    section: str, name: str, given: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> None:
     for key in given:
-        if key not in taken:
+        if key not in parameters:
             raise ValueError(
                 f"{section}.{key} is no argument of {name}; it takes "
-                f"{', '.join(sorted(taken)) or 'none'}"
+                f"{', '.join(parameters) or 'none'}"
             )

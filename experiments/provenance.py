@@ -24,8 +24,19 @@ PACKAGES = (
 # Keys that may change when a run goes on: they do not touch what is computed, or, like
 # the mesh, only its rounding.
 MAY_CHANGE = frozenset(
-    "name data_dir log_every eval_every eval_batches save_every keep on_nan "
-    "dense_steps mesh sharding".split()
+    [
+        "name",
+        "data_dir",
+        "log_every",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "keep",
+        "on_nan",
+        "dense_steps",
+        "mesh",
+        "sharding",
+    ]
 )
 
 

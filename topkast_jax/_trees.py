@@ -45,6 +45,11 @@ def parameters(tree: PyTree) -> tuple[list[Parameter], Any]:
     return [Parameter(path_name(keys), keys, leaf) for keys, leaf in flat], treedef
 
 
+def flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    """jax.tree.flatten, with a treedef that type checkers let one use."""
+    return jax.tree.flatten(tree)
+
+
 def matches(pattern: Pattern, path: str) -> bool:
     """Whether a glob (a string) or a compiled regex (full match) covers a path."""
     if isinstance(pattern, str):

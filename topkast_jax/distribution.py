@@ -48,7 +48,7 @@ def uniform(
     """
     del copies
     require_sparsity(sparsity)
-    return {p: int(round((1 - sparsity) * math.prod(s))) for p, s in shapes.items()}
+    return {p: round((1 - sparsity) * math.prod(s)) for p, s in shapes.items()}
 
 
 def erdos_renyi(
@@ -97,7 +97,7 @@ def _proportional(
     require_sparsity(sparsity)
     copies = {p: copies.get(p, 1) for p in shapes}
     sizes = {p: math.prod(s) for p, s in shapes.items()}
-    budget = int(round((1 - sparsity) * sum(sizes[p] * copies[p] for p in shapes)))
+    budget = round((1 - sparsity) * sum(sizes[p] * copies[p] for p in shapes))
     dense: set[str] = set()
     while True:  # whoever exceeds density 1 becomes dense; the rest share what is left
         rest = budget - sum(sizes[p] * copies[p] for p in dense)

@@ -1,6 +1,6 @@
 """For trainers that cannot be edited: their parameters are alpha, theta is in the state."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ def drop_in(tx: Sparse) -> Sparse:
     """
 
     def init_fn(params: PyTree) -> DropInState:
-        return DropInState(jax.tree.map(jnp.asarray, params), tx.init(params))
+        wrapped = cast(SparseState, tx.init(params))
+        return DropInState(jax.tree.map(jnp.asarray, params), wrapped)
 
     def update_fn(
         updates: PyTree, state: DropInState, params: PyTree = None, **extra: Any
@@ -66,7 +67,8 @@ def drop_in(tx: Sparse) -> Sparse:
         )
         leaked = jnp.stack(jax.tree.leaves(off)).any()
         inward = apply_masks(updates, seen)
-        u, wrapped = tx.update(inward, state.wrapped, theta, **extra)
+        u, new_state = tx.update(inward, state.wrapped, theta, **extra)
+        wrapped = cast(SparseState, new_state)
         theta = optax.apply_updates(theta, u)
         wrapped = wrapped._replace(leaks=wrapped.leaks + leaked.astype(jnp.int32))
         after = _trees.masks(wrapped).forward

@@ -1,5 +1,6 @@
 """What can go wrong without an error: leaks, NaN, weights off the mask."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from topkast_jax import _trees
 from topkast_jax._types import PyTree
 
 
-class NonFinite(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class NonFinite:
     """The first NaN or Inf in a gradient: parameter, 0-based step, number of entries."""
 
     path: str

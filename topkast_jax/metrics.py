@@ -33,7 +33,7 @@ def _nnz(mask: Array) -> int:
 def sparsity(masks: Masks) -> dict[str, tuple[float, float]]:
     """`{path: (of A, of B)}`, fractions of zeros, with "total" over sparse leaves; host."""
     forward, backward = _named(masks.forward), _named(masks.backward)
-    counts = {
+    counts: dict[str, tuple[int, ...]] = {
         path: (_nnz(mask), _nnz(backward[path]), mask.size)
         for path, mask in forward.items()
     }
@@ -55,7 +55,7 @@ def _float_count(mask: Array) -> Array:
 def overlap(a: PyTree, b: PyTree) -> dict[str, float]:
     """`{path: |a and b| / |a or b|}` of two trees of masks, with "total"; host."""
     first, second = _named(a), _named(b)
-    counts = {
+    counts: dict[str, tuple[int, ...]] = {
         path: (_nnz(mask & second[path]), _nnz(mask | second[path]))
         for path, mask in first.items()
     }

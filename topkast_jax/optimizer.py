@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array
 
-from topkast_jax import _trees, forward, plan as plan_lib
+from topkast_jax import _trees
+from topkast_jax import plan as plan_lib
 from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import (
     LeafMasks,
@@ -219,7 +219,7 @@ def sparse(
                 due(step + 1) & ~bad.any(), refreshed_if_finite, lambda x: x, after
             )
         return treedef.unflatten(after.u), SparseState(
-            sparse_step=optax.safe_increment(step),
+            sparse_step=jnp.asarray(optax.safe_increment(step)),
             sparse_seed=state.sparse_seed,
             sparse_masks=_as_trees(treedef, after.sets, probe_for(found, step + 1)),
             sparse_memory=_scatter(treedef, after.memory),
@@ -313,7 +313,7 @@ def _reset(
     state: PyTree, fresh: PyTree, params: list[Parameter], changed: dict[int, Array]
 ) -> PyTree:
     """Slots of the inner optimizer, as in `fresh` where entries enter or leave B."""
-    leaves, treedef = jax.tree.flatten(state)
+    leaves, treedef = _trees.flatten(state)
     news = treedef.flatten_up_to(fresh)
     owners = _trees.slots(state, params)
     return treedef.unflatten(

@@ -1,5 +1,6 @@
 """Which parameters are sparse, how they are read, and how many entries they keep."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import Axes, Counts, Method, PyTree
 
 
-class Site(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Site:
     """One sparse parameter: its place in the flattened tree, name, axes and counts."""
 
     index: int

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Shaped
 
+from topkast_jax import _trees
 from topkast_jax._types import Axes, PyTree
 from topkast_jax.draw import LARGEST_SLICE, bits_for, linear_index, random_order
 
@@ -86,7 +87,7 @@ def top_k_tree(
     Raises:
       ValueError: a static `k` outside [0, total size], or leaves of several dtypes.
     """
-    leaves, treedef = jax.tree.flatten(scores)
+    leaves, treedef = _trees.flatten(scores)
     _require_static_k(k, sum(math.prod(leaf.shape) for leaf in leaves), "top_k_tree")
     if len({leaf.dtype for leaf in leaves}) > 1:
         raise ValueError(
@@ -120,7 +121,7 @@ def top_k_tree(
         won = top_k(jnp.zeros(ties.shape), take, among=ties)
         rest = rest.minus(count([won]))
         out.append(sure_here | won)
-    return jax.tree.unflatten(treedef, out)
+    return treedef.unflatten(out)
 
 
 def random_k(
@@ -271,8 +272,8 @@ def _threshold(
             jnp.where(enough, 1, -1),
             state.passes + 1,
         )
-        kept = [jnp.where(moving, a, b) for a, b in zip(new, state, strict=True)]
-        return _Bracket(*kept[:-1], new.passes)
+        held = jax.tree.map(lambda a, b: jnp.where(moving, a, b), new, state)
+        return held._replace(passes=new.passes)
 
     everything = count_from(jnp.zeros((), dtype))
     shape = everything.low.shape

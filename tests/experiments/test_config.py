@@ -158,7 +158,7 @@ BAD = [
             "config.optimizer.name is missing; config.optimizer has clip",
         ),
         ("sparse.method", "config.sparse.method is missing"),
-        ("sparse.forward_sparsity", "forward_sparsity"),
+        ("sparse.forward_sparsity", "forward_sparsity is missing; top_kast needs it"),
         ("learning_rate.peak", "config.learning_rate.peak is missing"),
     ],
 )

@@ -16,7 +16,7 @@ from topkast_jax._types import (
     Method,
     Schedule,
 )
-from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.distribution import Distribution
 from topkast_jax.methods.static import static
 from topkast_jax.schedule import every
 from topkast_jax.score import gradient, magnitude
@@ -115,7 +115,7 @@ def _drop_grow(
         if callable(drop_fraction):
             share = jnp.clip(drop_fraction(step), 0, 1)
             return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
-        return int(round(drop_fraction * k))
+        return round(drop_fraction * k)
 
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any

@@ -128,6 +128,7 @@ def top_kast(
 
     def decay(update: Array, leaf: Leaf, memory: Memory) -> Array:
         del memory
+        assert leaf.learning_rate is not None  # needs_learning_rate, below
         return update - leaf.learning_rate * penalty_gradient(leaf)
 
     decoupled = penalty_mode == "decoupled"

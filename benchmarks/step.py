@@ -1,0 +1,252 @@
+"""Whole train steps of sparse methods, masked layout, against the dense step.
+
+    python -m benchmarks.step
+    python -m benchmarks.step --sizes=mlp --repeats=9
+    python -m benchmarks.step --quick
+
+A step is loss, gradient, update and apply in one jit with donated state, AdamW. A step
+that refreshes the masks is timed apart from one that does not, by setting the step
+number in the state; a step of the same variant goes before each, untimed, so that
+caches are as in training. "amortised" is what N steps cost with one refresh among them.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import topkast_jax as tk
+from benchmarks import timing
+from configs import quickstart
+from experiments import tasks
+
+PyTree = Any
+DENSE, AGAIN = "dense", "dense, again"
+AXES = {"*/attention/out/kernel": "i i o", "*/attention/*/kernel": "i o o"}
+
+
+class Problem(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      title: of the table.
+      params: as Flax names them.
+      carry: goes from step to step, not trained.
+      loss: (alpha, carry) -> (loss, carry), on one fixed batch.
+      axes: what the axes of the parameters mean.
+    """
+
+    title: str
+    params: PyTree
+    carry: PyTree
+    loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
+    axes: Mapping[str, str]
+
+
+def mlp(width: int, hidden: int, rows: int) -> Problem:
+    """Regression by two layers, the hidden one ReLU."""
+    first, second, data = jax.random.split(jax.random.key(0), 3)
+    x, y = jax.random.normal(data, (2, rows, width))
+
+    def layer(key: jax.Array, shape: tuple[int, int]) -> dict[str, jax.Array]:
+        kernel = jax.random.normal(key, shape) / shape[0] ** 0.5
+        return {"kernel": kernel, "bias": jnp.zeros(shape[1])}
+
+    def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
+        hidden_, out = alpha["hidden"], alpha["out"]
+        z = jax.nn.relu(x @ hidden_["kernel"] + hidden_["bias"])
+        return jnp.mean((z @ out["kernel"] + out["bias"] - y) ** 2), carry
+
+    params = {"hidden": layer(first, (width, hidden))}
+    params["out"] = layer(second, (hidden, width))
+    title = f"MLP {width}-{hidden}-{width}, batch {rows}"
+    return Problem(title, params, (), loss, {})
+
+
+def transformer(layers: int, width: int, rows: int, segment: int) -> Problem:
+    """The quickstart's Transformer-XL at another size, on random bytes."""
+    config = quickstart.get_config("method=dense")
+    config.batch_size = rows
+    config.model.update(
+        layers=layers,
+        d_model=width,
+        d_head=width // config.model.heads,
+        d_inner=4 * width,
+        segment=segment,
+        memory=segment,
+    )
+    task = tasks.make(config)
+    params, carry = jax.jit(task.init)(jax.random.key(0))
+    text = np.random.default_rng(0).integers(0, 256, (rows, segment + 1), np.int32)
+    batch = {
+        "inputs": jnp.asarray(text[:, :-1]),
+        "targets": jnp.asarray(text[:, 1:]),
+        "weights": jnp.ones((rows, segment)),
+        "start": jnp.zeros(rows, bool),
+    }
+
+    def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
+        value, (carry, _) = task.loss(alpha, carry, batch, jax.random.key(0))
+        return value, carry
+
+    title = f"Transformer-XL, {layers} layers of {width}, batch {rows} x {segment}"
+    return Problem(title, params, carry, loss, AXES)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "tiny": lambda: mlp(16, 32, 8),
+    "mlp": lambda: mlp(1024, 4096, 512),
+    "transformer-small": lambda: transformer(layers=4, width=128, rows=16, segment=64),
+    "transformer": lambda: transformer(layers=4, width=256, rows=16, segment=128),
+}
+
+
+class Variant(NamedTuple):
+    """A row of the table: a method and the step that refreshes its masks.
+
+    Attributes:
+      method: None is dense.
+      every: steps from one refresh to the next; with 1 there are no others.
+    """
+
+    method: tk.Method | None
+    every: int = 1
+
+
+def variants(every: int) -> dict[str, Variant]:
+    """What is compared, the dense step first, twice: the second shows the noise."""
+
+    def top_kast(n: int) -> Variant:
+        return Variant(tk.top_kast(0.9, 0.8, refresh=tk.every(n)), n)
+
+    return {
+        DENSE: Variant(None),
+        AGAIN: Variant(None),
+        f"Top-KAST 90/80, every {every}": top_kast(every),
+        "Top-KAST 90/80, every step": top_kast(1),
+        f"RigL 90, every {every}": Variant(
+            tk.rigl(0.9, refresh=tk.every(every)), every
+        ),
+    }
+
+
+class Training:
+    """A state that jitted, donating steps replace."""
+
+    def __init__(self, problem: Problem, method: tk.Method | None) -> None:
+        tx = optax.adamw(1e-3)
+        if method is not None:
+            tx = tk.sparse(tx, method, axes=tk.axes(problem.axes))
+
+        def step(params: PyTree, opt_state: PyTree, carry: PyTree) -> Any:
+            def objective(theta: PyTree) -> Any:
+                if method is not None:
+                    theta = tk.sparsify(theta, tk.masks(opt_state))
+                return problem.loss(theta, carry)
+
+            (loss, carry_), grads = jax.value_and_grad(objective, has_aux=True)(params)
+            updates, opt_state_ = tx.update(grads, opt_state, params)
+            return loss, (optax.apply_updates(params, updates), opt_state_, carry_)
+
+        self._step = jax.jit(step, donate_argnums=(0, 1, 2))
+        params, carry = jax.tree.map(jnp.copy, (problem.params, problem.carry))
+        self._state = (params, jax.jit(tx.init)(params), carry)
+
+    def step(self) -> jax.Array:
+        """Makes one step; its loss is ready when all of it is, on a single device."""
+        loss, self._state = self._step(*self._state)
+        jax.block_until_ready(self._state)
+        return loss
+
+    def before(self, step: int | None) -> None:
+        """Makes one step, so that the next one is number `step`."""
+        if step is not None:
+            params, opt_state, carry = self._state
+            opt_state = opt_state._replace(sparse_step=jnp.int32(step - 1))
+            self._state = params, opt_state, carry
+        self.step()
+
+
+def contestants(problem: Problem, every: int) -> dict[str, timing.Contestant]:
+    """What to time, by the name of its row and whether it refreshes."""
+    found = {}
+    for name, variant in variants(every).items():
+        training = Training(problem, variant.method)
+
+        def timed(step: int | None, training: Training = training) -> Any:
+            return timing.Contestant(training.step, lambda: training.before(step))
+
+        if variant.method is None:
+            found[name] = timed(None)
+            continue
+        # Update n makes the masks of step n + 1, so every - 1 is the one that refreshes.
+        found[f"{name} refresh"] = timed(max(variant.every - 1, 1))
+        if variant.every > 1:
+            found[f"{name} ordinary"] = timed(1)
+    return found
+
+
+def report(problem: Problem, every: int, repeats: int) -> str:
+    """Measures a problem; its title line and table of ratios to the dense step.
+
+    Args:
+      problem: what is trained.
+      every: N, at least 4: steps from one refresh to the next.
+      repeats: rounds.
+    """
+    contest = timing.in_turns(contestants(problem, every), repeats)
+    rows = []
+    for name, variant in list(variants(every).items())[1:]:
+        if variant.method is None:
+            rows.append([name, f"{contest.ratio(name, to=DENSE):.2f}", "", ""])
+            continue
+        refresh = contest.ratio(f"{name} refresh", to=DENSE)
+        if variant.every == 1:
+            rows.append([name, "", f"{refresh:.2f}", f"{refresh:.2f}"])
+            continue
+        ordinary = contest.ratio(f"{name} ordinary", to=DENSE)
+        amortised = (ordinary * (variant.every - 1) + refresh) / variant.every
+        rows.append([name, *(f"{x:.2f}" for x in (ordinary, refresh, amortised))])
+    header = ["time / dense", "ordinary step", "refresh step", "amortised"]
+    dense = 1e3 * contest.median(DENSE)
+    size = sum(leaf.size for leaf in jax.tree.leaves(problem.params)) / 1e6
+    title = f"{problem.title}, {size:.1f}M parameters: dense {dense:.1f} ms"
+    return f"{title}\n\n{timing.table(header, rows)}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints; `argv` without the name of the program."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
+    parser.add_argument(
+        "--sizes",
+        default="mlp,transformer-small,transformer",
+        help=f"comma separated, of {', '.join(PROBLEMS)}",
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="rounds")
+    parser.add_argument("--every", type=int, default=100, help="refresh interval N")
+    parser.add_argument("--quick", action="store_true", help="tiny model, 2 rounds")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats={args.repeats} must be at least 1")
+    if args.every < 4:
+        parser.error(
+            f"--every={args.every} must be at least 4, else no step lies between two "
+            "refreshes"
+        )
+    sizes = ["tiny"] if args.quick else args.sizes.split(",")
+    for name in sizes:
+        if name not in PROBLEMS:
+            parser.error(f"--sizes: {name!r} is not one of {', '.join(PROBLEMS)}")
+    repeats = 2 if args.quick else args.repeats
+    print(f"Masked layout: gains in FLOPs are simulated. Medians of {repeats}.\n")
+    for name in sizes:
+        print(report(PROBLEMS[name](), args.every, repeats), flush=True)
+    print(timing.hardware())
+
+
+if __name__ == "__main__":
+    main()

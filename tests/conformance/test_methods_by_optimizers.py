@@ -1,0 +1,109 @@
+"""Every method with every kind of optimizer: the invariants hold for each pair."""
+
+from collections.abc import Callable
+
+import battery
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+import topkast_jax as tk
+
+Build = Callable[[tk.Method], optax.GradientTransformation]
+
+
+def inside(inner: Callable[[], optax.GradientTransformation]) -> Build:
+    """`tk.sparse` around an optimizer, made anew for each cell."""
+    return lambda method: tk.sparse(inner(), method)
+
+
+def momentum() -> optax.GradientTransformation:
+    return optax.sgd(0.1, momentum=0.9)
+
+
+def adam() -> optax.GradientTransformation:
+    return optax.adam(0.05)
+
+
+def adamw() -> optax.GradientTransformation:
+    return optax.adamw(0.05, weight_decay=0.1)
+
+
+def by_layer(
+    one: optax.GradientTransformation, two: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """One transformation for each layer of the model."""
+    return optax.multi_transform({"a": one, "b": two}, {"one": "a", "two": "b"})
+
+
+OPTIMIZERS: dict[str, Build] = {
+    "sgd": inside(lambda: optax.sgd(0.3)),
+    "momentum": inside(momentum),
+    "adam": inside(adam),
+    "adamw": inside(adamw),
+    "adafactor": inside(lambda: optax.adafactor(0.05)),
+    "adafactor_factored": inside(
+        lambda: optax.adafactor(0.05, min_dim_size_to_factor=4)
+    ),
+    "lion": inside(lambda: optax.lion(0.03)),
+    "rmsprop": inside(lambda: optax.rmsprop(0.02, momentum=0.5)),
+    "muon": inside(lambda: optax.contrib.muon(0.05)),
+    "schedule_free": inside(
+        lambda: optax.contrib.schedule_free(adam(), learning_rate=0.05)
+    ),
+    "inject_hyperparams": inside(
+        lambda: optax.inject_hyperparams(optax.adam)(
+            learning_rate=optax.linear_schedule(0.05, 0.02, 6)
+        )
+    ),
+    "clip_inside": inside(lambda: optax.chain(optax.clip_by_global_norm(1.0), adam())),
+    "ema": inside(lambda: optax.chain(adam(), optax.ema(0.5))),
+    "multi_steps_inside": inside(
+        lambda: optax.MultiSteps(adam(), 2).gradient_transformation()
+    ),
+    "multi_transform_inside": inside(lambda: by_layer(adam(), momentum())),
+    "multi_steps_outside": lambda method: optax.MultiSteps(
+        tk.sparse(adam(), method), 2
+    ).gradient_transformation(),
+    "multi_transform_outside": lambda method: by_layer(
+        tk.sparse(adam(), method), tk.sparse(momentum(), method)
+    ),
+    "multi_transform_dense_layer": lambda method: by_layer(
+        tk.sparse(adam(), method), momentum()
+    ),
+    "apply_if_finite": lambda method: optax.apply_if_finite(
+        tk.sparse(adam(), method), max_consecutive_errors=3
+    ),
+}
+
+ROWS = [(m, o) for m in tk.METHODS for o in ("momentum", "adamw")]
+COLUMNS = [(m, o) for m in ("top_kast", "rigl") for o in OPTIMIZERS]
+DEFAULT = list(dict.fromkeys(ROWS + COLUMNS))
+REST = [(m, o) for m in tk.METHODS for o in OPTIMIZERS if (m, o) not in DEFAULT]
+
+
+def run_cell(method: str, optimizer: str) -> None:
+    model = battery.plain_dict()
+    tx = OPTIMIZERS[optimizer](battery.make_method(method))
+    steps = 10 if optimizer == "multi_steps_outside" else 6
+    run = battery.train(model, tx, steps)
+    battery.assert_conforms(run, tx, method)
+
+
+def test_every_method_is_in_the_battery() -> None:
+    assert battery.METHODS.keys() == tk.METHODS.keys()
+    for name in tk.METHODS:
+        assert battery.make_method(name).name == name
+
+
+@pytest.mark.parametrize(("method", "optimizer"), DEFAULT)
+def test_cell(method: str, optimizer: str) -> None:
+    run_cell(method, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "optimizer"), REST)
+def test_cell_of_the_full_product(method: str, optimizer: str) -> None:
+    run_cell(method, optimizer)
