@@ -47,24 +47,26 @@ class Problem(NamedTuple):
     axes: Mapping[str, str]
 
 
-def mlp(width: int, hidden: int, rows: int) -> Problem:
-    """Regression by two layers, the hidden one ReLU."""
-    first, second, data = jax.random.split(jax.random.key(0), 3)
-    x, y = jax.random.normal(data, (2, rows, width))
+def mlp(widths: Sequence[int], rows: int) -> Problem:
+    """Regression by layers of these widths, input and output included, with ReLU."""
+    *keys, data, target = jax.random.split(jax.random.key(0), len(widths) + 1)
+    x = jax.random.normal(data, (rows, widths[0]))
+    y = jax.random.normal(target, (rows, widths[-1]))
 
-    def layer(key: jax.Array, shape: tuple[int, int]) -> dict[str, jax.Array]:
-        kernel = jax.random.normal(key, shape) / shape[0] ** 0.5
-        return {"kernel": kernel, "bias": jnp.zeros(shape[1])}
+    def layer(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
+        kernel = jax.random.normal(key, (inputs, outputs)) / inputs**0.5
+        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
     def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
-        hidden_, out = alpha["hidden"], alpha["out"]
-        z = jax.nn.relu(x @ hidden_["kernel"] + hidden_["bias"])
-        return jnp.mean((z @ out["kernel"] + out["bias"] - y) ** 2), carry
+        z = x
+        for i, weights in enumerate(alpha):
+            z = jax.nn.relu(z) if i else z
+            z = z @ weights["kernel"] + weights["bias"]
+        return jnp.mean((z - y) ** 2), carry
 
-    params = {"hidden": layer(first, (width, hidden))}
-    params["out"] = layer(second, (hidden, width))
-    title = f"MLP {width}-{hidden}-{width}, batch {rows}"
-    return Problem(title, params, (), loss, {})
+    shapes = zip(keys, widths[:-1], widths[1:], strict=True)
+    title = f"MLP {'-'.join(map(str, widths))}, batch {rows}"
+    return Problem(title, [layer(*shape) for shape in shapes], (), loss, {})
 
 
 def transformer(layers: int, width: int, rows: int, segment: int) -> Problem:
@@ -98,8 +100,8 @@ def transformer(layers: int, width: int, rows: int, segment: int) -> Problem:
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "tiny": lambda: mlp(16, 32, 8),
-    "mlp": lambda: mlp(1024, 4096, 512),
+    "tiny": lambda: mlp((16, 32), rows=8),
+    "mlp": lambda: mlp((1024, 4096, 1024), rows=512),
     "transformer-small": lambda: transformer(layers=4, width=128, rows=16, segment=64),
     "transformer": lambda: transformer(layers=4, width=256, rows=16, segment=128),
 }
@@ -117,21 +119,26 @@ class Variant(NamedTuple):
     every: int = 1
 
 
-def variants(every: int) -> dict[str, Variant]:
-    """What is compared, the dense step first, twice: the second shows the noise."""
+def variants(every: int, only: str = "") -> dict[str, Variant]:
+    """What is compared, the dense step first, twice: the second shows the noise.
+
+    Args:
+      every: N, steps from one refresh to the next.
+      only: leave out the methods without it in their name.
+    """
 
     def top_kast(n: int) -> Variant:
         return Variant(tk.top_kast(0.9, 0.8, refresh=tk.every(n)), n)
 
-    return {
-        DENSE: Variant(None),
-        AGAIN: Variant(None),
+    methods = {
         f"Top-KAST 90/80, every {every}": top_kast(every),
         "Top-KAST 90/80, every step": top_kast(1),
         f"RigL 90, every {every}": Variant(
             tk.rigl(0.9, refresh=tk.every(every)), every
         ),
     }
+    chosen = {name: v for name, v in methods.items() if only in name}
+    return {DENSE: Variant(None), AGAIN: Variant(None), **chosen}
 
 
 class Training:
@@ -156,11 +163,15 @@ class Training:
         params, carry = jax.tree.map(jnp.copy, (problem.params, problem.carry))
         self._state = (params, jax.jit(tx.init)(params), carry)
 
-    def step(self) -> jax.Array:
-        """Makes one step; its loss is ready when all of it is, on a single device."""
-        loss, self._state = self._step(*self._state)
+    @property
+    def opt_state(self) -> PyTree:
+        """Of the optimizer, as the next step will read it."""
+        return self._state[1]
+
+    def step(self) -> None:
+        """Makes one step and waits for all of it."""
+        _, self._state = self._step(*self._state)
         jax.block_until_ready(self._state)
-        return loss
 
     def before(self, step: int | None) -> None:
         """Makes one step, so that the next one is number `step`."""
@@ -171,10 +182,12 @@ class Training:
         self.step()
 
 
-def contestants(problem: Problem, every: int) -> dict[str, timing.Contestant]:
+def contestants(
+    problem: Problem, rows: Mapping[str, Variant]
+) -> dict[str, timing.Contestant]:
     """What to time, by the name of its row and whether it refreshes."""
     found = {}
-    for name, variant in variants(every).items():
+    for name, variant in rows.items():
         training = Training(problem, variant.method)
 
         def timed(step: int | None, training: Training = training) -> Any:
@@ -190,17 +203,17 @@ def contestants(problem: Problem, every: int) -> dict[str, timing.Contestant]:
     return found
 
 
-def report(problem: Problem, every: int, repeats: int) -> str:
+def report(problem: Problem, chosen: Mapping[str, Variant], repeats: int) -> str:
     """Measures a problem; its title line and table of ratios to the dense step.
 
     Args:
       problem: what is trained.
-      every: N, at least 4: steps from one refresh to the next.
+      chosen: the rows, see `variants`.
       repeats: rounds.
     """
-    contest = timing.in_turns(contestants(problem, every), repeats)
+    contest = timing.in_turns(contestants(problem, chosen), repeats)
     rows = []
-    for name, variant in list(variants(every).items())[1:]:
+    for name, variant in list(chosen.items())[1:]:
         if variant.method is None:
             rows.append([name, f"{contest.ratio(name, to=DENSE):.2f}", "", ""])
             continue
@@ -228,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     parser.add_argument("--every", type=int, default=100, help="refresh interval N")
+    parser.add_argument("--only", default="", help="methods with this in their name")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 rounds")
     args = parser.parse_args(argv)
     if args.repeats < 1:
@@ -241,10 +255,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in sizes:
         if name not in PROBLEMS:
             parser.error(f"--sizes: {name!r} is not one of {', '.join(PROBLEMS)}")
+    chosen = variants(args.every, args.only)
+    if len(chosen) == 2:
+        known = ", ".join(list(variants(args.every))[2:])
+        parser.error(f"--only={args.only} is in the name of none of {known}")
     repeats = 2 if args.quick else args.repeats
     print(f"Masked layout: gains in FLOPs are simulated. Medians of {repeats}.\n")
     for name in sizes:
-        print(report(PROBLEMS[name](), args.every, repeats), flush=True)
+        print(report(PROBLEMS[name](), chosen, repeats), flush=True)
     print(timing.hardware())
 
 

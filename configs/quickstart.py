@@ -50,13 +50,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = dict(
         layers=1 if smoke else 4,
         d_model=32 if smoke else 128,
-        heads=2 if smoke else 4,
-        d_head=16 if smoke else 32,
+        heads=2,
+        d_head=16 if smoke else 64,
         d_inner=64 if smoke else 512,
         segment=16 if smoke else 64,  # bytes a row sees per step
         memory=16 if smoke else 64,  # bytes of the past it attends to besides
         dropout=0.0,
-        norm="pre",  # the paper's model is "post"; "pre" needs less warm-up
+        norm="post",  # as in the paper of Transformer-XL, or "pre"
     )
 
     config.optimizer = dict(

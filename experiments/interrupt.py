@@ -1,11 +1,10 @@
 """Ctrl-C and SIGTERM: the first asks the loop to save and leave, the second kills."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
-
-from experiments import log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,7 +42,8 @@ class Interrupts:
         self.signal = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        log.warn(
-            f"{signal.Signals(number).name}: saving after this step, then leaving; "
-            "send it again to kill"
+        said = (
+            f"\n{signal.Signals(number).name}: saving after this step, then leaving; "
         )
+        # Not print: a handler may run in the middle of another print.
+        os.write(2, f"{said}send it again to kill\n".encode())

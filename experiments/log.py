@@ -23,6 +23,15 @@ def read(workdir: str | os.PathLike[str]) -> list[Row]:
     return list(_rows(path.read_text().splitlines())) if path.exists() else []
 
 
+def last(workdir: str | os.PathLike[str], kind: str) -> dict[str, Any] | None:
+    """Values of the newest row of a kind, None where there is none."""
+    for row in reversed(read(workdir)):
+        if row.pop("kind") == kind:
+            del row["step"]
+            return row
+    return None
+
+
 def _rows(lines: list[str]) -> Iterator[Row]:
     for line in lines:
         try:
@@ -92,14 +101,6 @@ class Log:
         self._open(step)
         self._bar.update(self._task, completed=step)
 
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """Values of the newest row of a kind, None where there is none."""
-        for row in reversed(read(self._path.parent)):
-            if row.pop("kind") == kind:
-                del row["step"]
-                return row
-        return None
-
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         if self._live:
@@ -121,10 +122,6 @@ class Log:
         self._bar.update(self._task, completed=step, description=text)
         if not self._live:
             print(f"step {step}/{self._steps}  {text}", flush=True)
-
-    def tick(self, step: int) -> None:
-        """Moves the bar between two lines."""
-        self._bar.update(self._task, completed=step)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 import topkast_jax as tk
 from experiments import log
@@ -106,7 +106,7 @@ def flops(
         return len(probed) * each.train, len(probed) * each.dense
 
     def with_probe(on: bool) -> tk.metrics.Flops:
-        probe = jax.tree.map(lambda _: np.array(on), masks.probe)
+        probe = jax.tree.map(lambda _: jnp.asarray(on), masks.probe)
         return tk.metrics.flops(params, masks._replace(probe=probe), uses)
 
     quiet, loud = with_probe(False), with_probe(True)

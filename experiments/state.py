@@ -164,7 +164,7 @@ def blame(bad: Any, params: PyTree) -> str:
             if count:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 said.append(f"{what} of {name}: {count} of {leaf.size} entries")
-    more = f", and {len(said) - 2} more parameters" if len(said) > 2 else ""
+    more = f", and {len(said) - 2} more" if len(said) > 2 else ""
     return "; ".join(said[:2]) + more
 
 

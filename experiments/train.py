@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
       config: see configs/quickstart.py.
       workdir: where everything is written; made where it is missing.
     Raises:
-      BadInput: the config or the workdir cannot be trained with; nothing was written.
+      BadInput: the config or the workdir cannot be trained with.
       Stopped: the training went wrong, see `config.on_nan`.
     """
     workdir = pathlib.Path(workdir)
@@ -116,6 +116,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     else:
         state, at = jax.jit(init, out_shardings=shardings)(init_key), Position()
         data.set_state(data_start)
+    if at.step == cfg.steps:
+        plot.summary(workdir, cfg.name)
+        return Outcome(state, at.step, log.last(workdir, "eval") or {}, None)
     workdir.mkdir(parents=True, exist_ok=True)
     origin = provenance(config)
 
@@ -134,7 +137,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         run = states.step(task, tx, sparse=method is not None)
         step = states.compile_step(run, shardings, state, *arguments)
         out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
-        if method and cfg.dense_steps and not out.last("dense"):
+        if method and cfg.dense_steps and not log.last(workdir, "dense"):
             beside = compare.with_dense(
                 task, dense_tx, mesh, cfg.sharding, step, state, *arguments,
                 rounds=cfg.dense_steps,
@@ -147,7 +150,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         intervals = (cfg.log_every, cfg.eval_every, cfg.save_every)
         refreshed = method.due if method and method.due else never
-        metrics = out.last("eval") or {}
+        metrics = log.last(workdir, "eval") or {}
         passed_over: set[int] = set()  # batches, after a restore
         churn: dict[str, float] = {}  # of the last refresh
         skips, restores, seconds, timed = 0, 0, 0.0, 0
@@ -183,28 +186,30 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 said = states.blame(measured[bad[0]]["bad"], state.params)
                 number = at.step - len(measured) + bad[0]
                 problem = f"step {number}, batch {batches[bad[0]]}: {said}"
+                applied = states.was_applied(measured[bad[0]]["bad"])
                 if cfg.on_nan == "stop":
                     raise Stopped(f"{problem}. {ADVICE}")
                 if cfg.on_nan == "skip" and skips >= MOST_SKIPS:
                     raise Stopped(f"{problem}. The last {skips} steps were all like it")
-                if cfg.on_nan == "skip" and states.was_applied(measured[bad[0]]["bad"]):
+                if cfg.on_nan == "skip" and applied:
                     raise Stopped(f"{problem}. {TOO_LATE}")
-                if cfg.on_nan == "restore" and restores >= MOST_RESTORES:
+                if restores >= MOST_RESTORES:
                     raise Stopped(
                         f"{problem}. Going back {restores} times did not help"
                     )
+                if cfg.on_nan == "restore":
+                    # Of an update that broke the weights, all later steps are victims.
+                    passed_over |= {batches[i] for i in (bad[:1] if applied else bad)}
+                    restores += 1
+                    back = checkpoints.restore(prepare)
+                    assert back is not None  # saved before the first step
+                    state, at = back.state, Position(**back.meta["position"])
+                    data.set_state(back.data)
+                    out.rewind(at.step)
+                    out.say(f"{problem}; back to step {at.step}, without the batch")
+                    continue
                 at.skipped += len(bad)
-                out.say(f"{problem}; on_nan={cfg.on_nan}, {at.skipped} skipped so far")
-            if bad and cfg.on_nan == "restore":
-                passed_over.add(batches[bad[0]])
-                restores += 1
-                back = checkpoints.restore(prepare)
-                assert back is not None  # saved before the first step
-                state, at = back.state, Position(**back.meta["position"])
-                data.set_state(back.data)
-                out.rewind(at.step)
-                out.say(f"went back to step {at.step}, to pass that batch over")
-                continue
+                out.say(f"{problem}; skipped, {at.skipped} steps so far")
 
             at.add(measured)
             masks = tk.masks(state.opt_state) if method else None

@@ -1,7 +1,7 @@
 """The words of the library as types: sets, masks, leaves, methods, state."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import optax
@@ -68,6 +68,7 @@ class Masks(NamedTuple):
     probe: PyTree
 
 
+@runtime_checkable
 class Leaf(Protocol):
     """One sparse parameter as a method sees it, whatever its layout stores.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped, UInt
 
 from topkast_jax._types import Axes
 
@@ -86,7 +86,7 @@ def _odd_inverse(odd: Array) -> Array:
     return x
 
 
-def linear_index(shape: tuple[int, ...], within: tuple[int, ...]) -> Int[Array, "..."]:
+def linear_index(shape: tuple[int, ...], within: tuple[int, ...]) -> UInt[Array, "..."]:
     """C-order index of each entry inside its slice; uint32 of the full shape."""
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1

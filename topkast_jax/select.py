@@ -52,6 +52,17 @@ def top_k(
     _require_static_k(k, size, "top_k")
     if scores.size == 0:
         return jnp.zeros(scores.shape, bool)
+    return _top_k(scores, jnp.asarray(k, jnp.int32), axes, among, key)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _top_k(
+    scores: Array,
+    k: Array,
+    axes: tuple[int, ...],
+    among: Array | None,
+    key: jax.Array | None,
+) -> Array:
     among = jnp.ones_like(scores, bool) if among is None else among
 
     def count(marks: Sequence[Array]) -> _Count:
@@ -93,18 +104,26 @@ def top_k_tree(
         raise ValueError(
             "top_k_tree: leaves of several dtypes cannot be compared; cast the scores"
         )
-    marks = (
-        [jnp.ones_like(leaf, bool) for leaf in leaves]
-        if among is None
-        else treedef.flatten_up_to(among)
-    )
+    marks = None if among is None else treedef.flatten_up_to(among)
+    return treedef.unflatten(_top_k_of(leaves, _Count.of(k), marks, key))
+
+
+@jax.jit
+def _top_k_of(
+    leaves: list[Array],
+    k: "_Count",
+    marks: list[Array] | None,
+    key: jax.Array | None,
+) -> list[Array]:
+    if marks is None:
+        marks = [jnp.ones_like(leaf, bool) for leaf in leaves]
 
     def count(marks: Sequence[Array]) -> _Count:
         per_leaf = (_Count.of(jnp.sum(m, dtype=jnp.int32)) for m in marks)
         return functools.reduce(_Count.plus, per_leaf)
 
-    bits, wanted = [ordered_bits(x) for x in leaves], _Count.of(k)
-    chosen, tied, rest = _split(bits, marks, wanted, count)
+    bits = [ordered_bits(x) for x in leaves]
+    chosen, tied, rest = _split(bits, marks, k, count)
     if key is not None:
         keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
         orders = [  # full width, so that leaves of different size mix evenly
@@ -121,7 +140,7 @@ def top_k_tree(
         won = top_k(jnp.zeros(ties.shape), take, among=ties)
         rest = rest.minus(count([won]))
         out.append(sure_here | won)
-    return treedef.unflatten(out)
+    return out
 
 
 def random_k(
@@ -164,9 +183,11 @@ def ordered_bits(scores: Array) -> Array:
     wide = scores if dtype.itemsize >= 4 else scores.astype(jnp.float32)
     unsigned = jnp.uint64 if wide.dtype.itemsize == 8 else jnp.uint32
     top = jnp.array(1 << (8 * wide.dtype.itemsize - 1), unsigned)
-    raw = lax.bitcast_convert_type(jnp.where(wide == 0, 0, wide), unsigned)
-    ordered = jnp.where(raw & top != 0, ~raw, raw | top)
-    return jnp.where(jnp.isnan(wide), jnp.zeros_like(ordered), ordered)
+    raw = lax.bitcast_convert_type(wide, unsigned)
+    # All on the bits: a processor that flushes subnormal numbers equates them to zero.
+    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, wide.dtype), unsigned)
+    ordered = jnp.where(raw > top, ~raw, raw | top)
+    return jnp.where(raw & ~top > infinity, jnp.zeros_like(ordered), ordered)
 
 
 class _Count(NamedTuple):

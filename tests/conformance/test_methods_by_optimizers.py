@@ -107,3 +107,33 @@ def test_cell(method: str, optimizer: str) -> None:
 @pytest.mark.parametrize(("method", "optimizer"), REST)
 def test_cell_of_the_full_product(method: str, optimizer: str) -> None:
     run_cell(method, optimizer)
+
+
+@pytest.mark.parametrize("method", ["top_kast", "rigl"])
+def test_apply_if_finite_withholds_the_whole_update(method: str) -> None:
+    """A NaN in the data leaves parameters, masks, moments and clock as they were."""
+
+    def batches(step: int) -> tuple[jnp.ndarray, jnp.ndarray]:
+        x, y = battery.batch(step)
+        return (x * jnp.nan if step == 1 else x), y
+
+    tx = OPTIMIZERS["apply_if_finite"](battery.make_method(method))
+    run = battery.train(battery.plain_dict(), tx, 4, batches)
+    assert np.isnan(run.losses).tolist() == [False, True, False, False]
+    assert [battery.clock(state) for state in run.states] == [0, 1, 1, 2, 3]
+    before, after = (
+        battery.named(battery.sparse_states(state)) for state in run.states[1:3]
+    )
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path])
+    battery.assert_off_mask(run, method)
+    battery.assert_moves_when_due(run, method)
+
+
+def test_factored_moments_are_named_in_the_plan() -> None:
+    """Adafactor keeps rows and columns of the kernels: nothing there can be reset."""
+    params = battery.plain_dict().params
+    method = battery.make_method("top_kast")
+    factored = OPTIMIZERS["adafactor_factored"](method)
+    assert set(tk.plan(factored, params).slotless) == {"one/kernel", "two/kernel"}
+    assert tk.plan(OPTIMIZERS["adam"](method), params).slotless == ()

@@ -132,7 +132,6 @@ BAD = [
     ({"sparse__where": "*/kernal"}, "pattern '[*]/kernal' matches no parameter"),
     ({"sparse__distribution": "flat"}, "sparse.distribution='flat' is unknown"),
     ({"sparse__distribution": {"*/kernal": 0.5}}, "'[*]/kernal' matches no parameter"),
-    ({"sparse__reset": "maybe"}, "reset='maybe' is not one of"),
     ({"sparse__axes": (("*/kernel", "x y"),)}, "must be letters out of s, k, i, o"),
     ({"mesh": "data:4096"}, "needs 4096 devices, but this process has"),
     ({"mesh": "model:1"}, "axis 'model' is none of"),

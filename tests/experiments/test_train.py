@@ -16,6 +16,7 @@ import pytest
 import topkast_jax as tk
 from configs import quickstart
 from experiments import command, log, tasks
+from experiments import state as states
 from experiments.checkpoint import Checkpoints
 from experiments.train import Stopped, train
 
@@ -141,6 +142,11 @@ def test_trains_and_writes_everything(
     assert with_churn[:4] == [4, 6, 10, 12]
     (dense,) = rows(tmp_path, "dense")
     assert dense["time_ratio"] > 0 and dense["state_bytes_ratio"] > 1
+    row = rows(tmp_path, "train")[-1]
+    fraction = (2 * 0.25 + 0.5) / 3
+    products = 3 * 2 * 8 * (16 * 32 + 32)  # three, multiply and add, 8 rows
+    assert row["flops_fraction"] == pytest.approx(fraction)
+    assert row["flops"] == pytest.approx(40 * fraction * products)
     layer = rows(tmp_path, "layers")[-1]
     assert layer["forward"]["hidden/kernel"] == pytest.approx(0.75)
     assert layer["backward"]["hidden/kernel"] == pytest.approx(0.5)
@@ -150,16 +156,6 @@ def test_trains_and_writes_everything(
     printed = capsys.readouterr().out
     for word in ("hidden/kernel", "step 40/40", "ms/step", "ETA", "sparsity", "churn"):
         assert word in printed
-
-
-def test_flops_add_up(tiny: Any, tmp_path: pathlib.Path) -> None:
-    """Ten steps of (2 f_fwd + f_bwd) of the dense work."""
-    train(tiny(steps=10), tmp_path)
-    row = rows(tmp_path, "train")[-1]
-    fraction = (2 * 0.25 + 0.5) / 3
-    assert row["flops_fraction"] == pytest.approx(fraction)
-    dense = 3 * 2 * 8 * (16 * 32 + 32)  # three products, multiply and add, 8 rows
-    assert row["flops"] == pytest.approx(10 * fraction * dense)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +347,8 @@ def test_nan_without_end_stops_skipping(
 def test_nan_restores(
     tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Back to the checkpoint at 4, then on without batch 7: as if it were not there."""
-    hook_training_data(monkeypatch, poison({7}))
+    """Back to the checkpoint at 4, then on without batches 5 and 7, as if not there."""
+    hook_training_data(monkeypatch, poison({5, 7}))
     outcome = train(tiny(on_nan="restore"), tmp_path)
     assert outcome.step == 12
     assert int(outcome.state.opt_state.sparse_step) == 12
@@ -367,6 +363,28 @@ def test_nan_without_end_stops_restoring(
     hook_training_data(monkeypatch, poison(set(range(1, 99))))
     with pytest.raises(Stopped, match="Going back 3 times did not help"):
         train(tiny(on_nan="restore"), tmp_path)
+
+
+def test_blame_names_what_was_not_finite() -> None:
+    params = {"a": {"kernel": np.zeros((2, 3))}, "b": np.zeros(4), "c": np.zeros(5)}
+    in_loss_and_gradient = np.array([1, 0, 2, 5, 0, 0, 0])
+    assert states.blame(in_loss_and_gradient, params) == (
+        "loss is NaN or Inf; gradient of b: 2 of 4 entries, and 1 more"
+    )
+    assert not states.was_applied(in_loss_and_gradient)
+    in_update = np.array([0, 0, 0, 0, 6, 0, 0])
+    said = states.blame(in_update, params)
+    assert said == "new value of a/kernel: 6 of 6 entries"
+    assert states.was_applied(in_update)
+
+
+def test_a_gradient_on_dead_weights_stops(
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that forgets the masks is noticed at the next evaluation."""
+    monkeypatch.setattr(states, "alpha", lambda params, opt_state, sparse: params)
+    with pytest.raises(Stopped, match="step 4: in 4 updates the gradient was nonzero"):
+        train(tiny(), tmp_path)
 
 
 def test_quickstart_smoke(tmp_path: pathlib.Path) -> None:

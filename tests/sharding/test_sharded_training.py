@@ -1,0 +1,48 @@
+"""Init, refresh and training on eight devices, against one device."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_devices import run_suite
+
+
+def judge_refresh(found: dict[str, Any], cells: int) -> None:
+    """Bits are equal after init and each of four updates; nothing changes place."""
+    assert len(found) == cells
+    for cell, result in found.items():
+        assert result["equal"] == [True] * 5, cell
+        assert result["moved"], cell
+        assert result["strays"] == [], cell
+        assert result["first_step_compiles"] >= 1, cell
+        assert result["later_compiles"] == 0, cell
+
+
+def judge_training(found: dict[str, Any], cells: int) -> None:
+    """From equal states every loss agrees to 1e-5, and the next parameters nearly."""
+    assert len(found) == cells
+    for cell, result in found.items():
+        assert result["worst"] < 1e-5, cell
+        first, last = result["losses"]
+        assert np.isfinite([first, last]).all(), cell
+        assert last < first, cell
+        assert result["unequal"] == [], cell
+        assert result["strays"] == [], cell
+
+
+def test_init_and_refresh_are_equal_on_one_and_eight_devices() -> None:
+    judge_refresh(run_suite("refresh"), cells=4)
+
+
+def test_losses_agree_over_twenty_steps() -> None:
+    judge_training(run_suite("training"), cells=2)
+
+
+@pytest.mark.slow
+def test_init_and_refresh_are_equal_on_every_mesh() -> None:
+    judge_refresh(run_suite("refresh", full=True), cells=24)
+
+
+@pytest.mark.slow
+def test_losses_agree_on_every_mesh() -> None:
+    judge_training(run_suite("training", full=True), cells=24)
