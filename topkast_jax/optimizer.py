@@ -104,6 +104,10 @@ def sparse(
             nothing = LeafMasks(*[jnp.zeros_like(value, bool)] * 2)
             leaf = _view(site, value, nothing, value, key_seed, 0)
             sets[site.index], memory[site.index] = method.init(leaf)
+        landed = [jnp.asarray(p.array) for p in flat]
+        if not method.reservoir:  # where the first update will put the parameters
+            for i, mine in sets.items():
+                landed[i] = _on(mine.backward, landed[i])
         return SparseState(
             sparse_step=jnp.int32(0),
             sparse_seed=key_seed,
@@ -114,7 +118,7 @@ def sparse(
             nonfinite_step=jnp.int32(-1),
             nonfinite_leaf=jnp.uint32(0),
             nonfinite_count=jnp.int32(0),
-            sparse_inner=inner.init(params),
+            sparse_inner=inner.init(treedef.unflatten(landed)),
         )
 
     def due(step: Any) -> Array:
