@@ -245,7 +245,7 @@ class _Moving(NamedTuple):
     inner: optax.OptState
 
 
-def plan(tx: Sparse, params: PyTree) -> Plan:
+def plan(tx: optax.GradientTransformation, params: PyTree) -> Plan:
     """Table of what is sparse, how it is read, and how much is kept, before training.
 
     Args:
