@@ -11,7 +11,9 @@ Other methods and sparsities, from the same file:
     --config=configs/quickstart.py:forward=0.95,backward=0.9
     --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
 
-Expected: EXPECTED
+Expected after 1500 steps, about three minutes on two CPU cores: 2.6 bits per byte on
+held-out text with a tenth of the weights of every kernel (dense: 2.3). Masks over dense
+arrays save no time: see the panel "cost" of summary.png.
 """
 
 import ml_collections
@@ -76,7 +78,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if not dense:
         config.sparse.update(
             reset="init",  # moments of entries that enter or leave B: "init" or "keep"
-            where="",  # globs of sparse parameters, comma separated; "": all kernels
+            # Globs of sparse parameters, comma separated; "": all kernels. Fewer for the
+            # smoke test: every one takes its time to compile.
+            where="*/feed_forward/*/kernel" if smoke else "",
             # What the axes of a kernel mean, first match wins: inputs and outputs.
             axes=(
                 ("*/attention/out/kernel", "i i o"),

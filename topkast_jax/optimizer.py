@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -212,14 +213,14 @@ def sparse(
         def refreshed_if_finite(operand: _Moving) -> _Moving:
             moved = _add(theta, operand.u)
             finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
-            return lax.cond(
+            return _cond(
                 jnp.stack(finite).all(), refreshed, lambda same: same, operand
             )
 
         bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in raw])
         after = _Moving(sets, memory, u, inner_state)
         if method.due is not None:
-            after = lax.cond(
+            after = _cond(
                 due(step + 1) & ~bad.any(), refreshed_if_finite, lambda x: x, after
             )
         return treedef.unflatten(after.u), SparseState(
@@ -289,6 +290,15 @@ def _view(
     )
 
 
+def _cond(
+    condition: Array, yes: Callable[[Any], Any], no: Callable[[Any], Any], operand: Any
+) -> Any:
+    """lax.cond, but a plain branch outside of jit: there it would compile every time."""
+    if isinstance(condition, jax.core.Tracer):
+        return lax.cond(condition, yes, no, operand)
+    return yes(operand) if condition else no(operand)
+
+
 def _on(mask: Array, x: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
@@ -344,5 +354,7 @@ def _first_nonfinite(
         "nonfinite_leaf": jnp.where(
             first, names[jnp.argmax(bad)], state.nonfinite_leaf
         ),
-        "nonfinite_count": lax.cond(first, count, lambda: state.nonfinite_count),
+        "nonfinite_count": _cond(
+            first, lambda _: count(), lambda x: x, state.nonfinite_count
+        ),
     }

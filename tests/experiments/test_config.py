@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+import topkast_jax as tk
 from configs import common, quickstart
-from experiments import command, optimizer
+from experiments import command, optimizer, tasks
 from experiments import mesh as meshes
 from experiments.config import Watched, as_json, differences, require_all_read
 from experiments.train import train
@@ -98,6 +99,38 @@ def test_quickstart_defaults() -> None:
     assert other.sparse.backward_sparsity == 0.9
     config.sparse.refresh_stop = 7  # no placeholder is shared between two configs
     assert quickstart.get_config().sparse.refresh_stop is None
+
+
+def test_quickstart_plan_and_shardings() -> None:
+    """The whole model, by its shapes: 90/80 in every kernel, and no rule misses."""
+    config = quickstart.get_config()
+    task = tasks.make(config)
+    params, carry = jax.eval_shape(task.init, jax.random.key(0))
+    rate = optimizer.learning_rate(config.learning_rate, config.steps)
+    inner = optimizer.inner(config.optimizer, rate)
+    tx, _ = optimizer.sparse(config.sparse, inner, rate, steps=config.steps, seed=0)
+    assert isinstance(tx, tk.Sparse)
+    plan = tk.plan(tx, params)
+    chosen = [row for row in plan.rows if row.sparse]
+    assert len(chosen) == 4 * 7
+    assert {row.path for row in chosen} == {
+        r.path for r in plan.rows if "kernel" in r.path
+    }
+    for row in chosen:
+        assert row.k_forward == round(0.1 * row.size)
+        assert row.k_backward == round(0.2 * row.size)
+    by_path = {row.path: row.axes for row in chosen}
+    assert by_path["block_0/attention/query/kernel"] == "i o o"
+    assert by_path["block_0/attention/out/kernel"] == "i i o"
+    assert by_path["block_0/feed_forward/out/kernel"] == "i o"
+    mesh = abstract_mesh(4, 2)
+    meshes.batch_shardings(mesh, carry, "carry")
+    found = meshes.parameter_shardings(mesh, config.sharding, params)
+    assert found["block_0"]["attention"]["query"]["kernel"].spec == P(
+        "fsdp", None, None
+    )
+    assert found["embed"]["embedding"].spec == P("fsdp", None)
+    assert found["head_bias"].spec == P()
 
 
 @pytest.mark.parametrize(

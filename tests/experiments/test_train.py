@@ -394,8 +394,8 @@ def test_quickstart_smoke(tmp_path: pathlib.Path) -> None:
     outcome = train(config, tmp_path / "run")
     assert outcome.step == 8 and 0 < outcome.metrics["bits_per_byte"] < 9
     state = outcome.state
-    kernel = state.params["block_0"]["attention"]["query"]["kernel"]
-    mask = tk.masks(state.opt_state).forward["block_0"]["attention"]["query"]["kernel"]
+    kernel = state.params["block_0"]["feed_forward"]["in"]["kernel"]
+    mask = tk.masks(state.opt_state).forward["block_0"]["feed_forward"]["in"]["kernel"]
     assert int(mask.sum()) == round(0.1 * kernel.size)
 
 
