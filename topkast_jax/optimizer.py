@@ -213,9 +213,7 @@ def sparse(
         def refreshed_if_finite(operand: _Moving) -> _Moving:
             moved = _add(theta, operand.u)
             finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
-            return _cond(
-                jnp.stack(finite).all(), refreshed, lambda same: same, operand
-            )
+            return _cond(jnp.stack(finite).all(), refreshed, lambda same: same, operand)
 
         bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in raw])
         after = _Moving(sets, memory, u, inner_state)
