@@ -217,17 +217,17 @@ def test_kill_nine_during_saves(tmp_path: pathlib.Path) -> None:
     target = jax.tree.map(lambda x: x.update(sharding=where), target)
     for attempt in range(3):
         folder = tmp_path / str(attempt)
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", program, str(folder)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-        )
-        assert process.stdout is not None
-        for _ in range(4 + attempt):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        ) as process:
+            assert process.stdout is not None
+            for _ in range(4 + attempt):
+                process.stdout.readline()
+            process.send_signal(signal.SIGKILL)
         said: list[str] = []
         checkpoints = Checkpoints(folder, warn=said.append)
         found = checkpoints.restore(lambda meta: State(target, (), ()))

@@ -79,9 +79,11 @@ def attention_by_loops(params, segment, memory, length, clamp, u, v):
     return out
 
 
-@pytest.mark.parametrize("clamp", [None, 3])
-@pytest.mark.parametrize(("slots", "length"), [(6, [0, 4]), (3, [3, 1]), (0, [0, 0])])
-def test_attention_is_the_papers(clamp, slots, length):
+@pytest.mark.parametrize(
+    ("slots", "length", "clamp"),
+    [(6, [0, 4], None), (6, [0, 4], 3), (3, [3, 1], None), (0, [0, 0], 3)],
+)
+def test_attention_is_the_papers(slots, length, clamp):
     rng = np.random.default_rng(0)
     segment = rng.normal(size=(2, 5, 12)).astype(np.float32)
     memory = rng.normal(size=(2, slots, 12)).astype(np.float32)
@@ -301,17 +303,9 @@ def test_every_carried_leaf_has_the_rows_first():
     assert [x.dtype for x in before] == [x.dtype for x in after]
 
 
-def test_dropout_is_drawn_only_in_training():
-    model = build(layers=1, dropout=0.5, attention_dropout=0.5)
+def test_no_dropout_in_evaluation():
+    model = build(dropout=0.5, attention_dropout=0.5)
     params, ids, memory = start(model)
-    plain, _ = run(build(layers=1), params, ids, memory)
+    plain, _ = run(build(), params, ids, memory)
     evaluated, _ = run(model, params, ids, memory)
     np.testing.assert_array_equal(plain, evaluated)
-
-    @jax.jit
-    def trained(seed):
-        rngs = {"dropout": jax.random.key(seed)}
-        return model.apply({"params": params}, ids, memory, train=True, rngs=rngs)[0]
-
-    np.testing.assert_array_equal(trained(0), trained(0))
-    assert jnp.any(trained(0) != trained(1))
