@@ -43,7 +43,8 @@ class MaskedLeaf(NamedTuple):
 
     def draw(self, k: Any, outside: Array | None = None) -> Array:
         """`k` random positions, outside a set."""
-        allowed = None if outside is None else ~outside
+        # Marks made from the value, so that the draw is sharded like it.
+        allowed = jnp.ones_like(self.value, bool) if outside is None else ~outside
         return random_k(self.key, k, self.shape, self.axes, allowed)
 
     def union(self, first: Array, second: Array) -> Array:
