@@ -163,10 +163,10 @@ def sparse(
             return rest.astype(dtype)
 
         # 1. The gradient on B and P. Anything nonzero elsewhere is a leak.
-        grads, leaked = {}, jnp.zeros((), bool)
+        grads, unseen = {}, {}
         for i in sets:
             seen = backward[i] if probe[i] is None else backward[i] | probe[i]
-            leaked |= jnp.any(~seen & (raw[i] != 0))
+            unseen[i] = ~seen & (raw[i] != 0)
             grads[i] = _on(seen, raw[i])
             if method.observe is not None:
                 memory[i] = method.observe(grads[i], memory[i])
@@ -191,9 +191,13 @@ def sparse(
                 u[i] = method.adjust(u[i], view(site, theta[i], step), memory[i])
             u[i] = jnp.where(backward[i], u[i], off_mask(i, u[i].dtype))
 
-        # 5. and 6. Masks of the next step, from the parameters after this one.
+        # 5. and 6. Masks of the next step, from the parameters after this one. With a
+        # reservoir a refresh leaves u alone, so this is what apply_updates makes:
+        # computed once, without writing u. Else it would be one more array every step.
+        ahead = _add(theta, u) if method.reservoir else None
+
         def refreshed(operand: _Moving) -> _Moving:
-            moved = _add(theta, operand.u)
+            moved = ahead or _add(theta, operand.u)
             new_sets, new_memory, new_u = {}, {}, list(operand.u)
             for site in found:
                 i = site.index
@@ -211,11 +215,11 @@ def sparse(
             return _Moving(new_sets, new_memory, new_u, new_inner)
 
         def refreshed_if_finite(operand: _Moving) -> _Moving:
-            moved = _add(theta, operand.u)
+            moved = ahead or _add(theta, operand.u)
             finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
             return _cond(jnp.stack(finite).all(), refreshed, lambda same: same, operand)
 
-        bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in raw])
+        bad, leaked = _faults(raw, unseen)
         after = _Moving(sets, memory, u, inner_state)
         if method.due is not None:
             after = _cond(
@@ -334,6 +338,26 @@ def _reset(
             for old, new, owner in zip(leaves, news, owners, strict=True)
         ]
     )
+
+
+def _faults(grads: list[Array], unseen: dict[int, Array]) -> tuple[Array, Array]:
+    """Which gradients are not finite, bool [leaves], and whether any leaked.
+
+    One pass finds whether there is a fault; which one is asked only where there is.
+    """
+    odd = [
+        jnp.any(~jnp.isfinite(g) | unseen[i] if i in unseen else ~jnp.isfinite(g))
+        for i, g in enumerate(grads)
+    ]
+
+    def look(_: None) -> tuple[Array, Array]:
+        bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in grads])
+        return bad, jnp.stack([jnp.any(x) for x in unseen.values()]).any()
+
+    def sound(_: None) -> tuple[Array, Array]:
+        return jnp.zeros(len(grads), bool), jnp.zeros((), bool)
+
+    return _cond(jnp.stack(odd).any(), look, sound, None)
 
 
 def _first_nonfinite(
