@@ -141,8 +141,8 @@ class Method(NamedTuple):
       due: at which steps a refresh takes effect; None for never.
       where: which parameters are sparse.
       reservoir: whether entries off B keep their value (else they are zero).
-      probe: `(leaf) -> set` seen, but not applied, in the step before a refresh; True
-        for everything. None when the method never probes.
+      probe: whether the step before a refresh sees, but does not apply, the gradient
+        of every entry.
       observe: `(grad, memory) -> memory`, every step.
       penalty: `(leaf) -> gradient` of the method's own penalty, added on B.
       adjust: `(update, leaf, memory) -> update`, after the inner optimizer, every step.
@@ -156,7 +156,7 @@ class Method(NamedTuple):
     due: Due | None
     where: Any
     reservoir: bool
-    probe: Callable[[Leaf], Any] | None = None
+    probe: bool = False
     observe: Callable[[Array, Memory], Memory] | None = None
     penalty: Callable[[Leaf], Array] | None = None
     adjust: Callable[[Array, Leaf, Memory], Array] | None = None

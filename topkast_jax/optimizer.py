@@ -127,7 +127,7 @@ def sparse(
 
     def probe_for(found: list[Site], step: Any) -> dict[int, Array]:
         """P of a step: its gradient decides the refresh that is due one step later."""
-        if method.probe is None:
+        if not method.probe:
             return {}
         return {site.index: due(jnp.int32(1) + step) for site in found}
 

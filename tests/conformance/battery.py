@@ -12,32 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilation import fast_compilation
 from jax.tree_util import GetAttrKey
 
 import topkast_jax as tk
 
-
-def _fast_compilation() -> dict[str, Any]:
-    """Options that make compiling, nearly all of the battery's time, much faster.
-
-    Options belong to a version of XLA; those that this one does not know are left out.
-    """
-    wanted = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    known = {}
-    for name, value in wanted.items():
-        try:
-            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value})()
-        except jax.errors.JaxRuntimeError:
-            continue
-        known[name] = value
-    return known
-
-
-COMPILATION = _fast_compilation()
+COMPILATION = fast_compilation()
 EVERY = 2
 """Masks are refreshed at every second step."""
 FORWARD, BACKWARD = 0.75, 0.5

@@ -15,7 +15,9 @@ HERE = Path(__file__).parent
 def run_suite(name: str, full: bool = False) -> dict[str, Any]:
     """`{check: result}` of one suite of worker.py, which prints a JSON line for each."""
     package = str(Path(topkast_jax.__file__).parent.parent)
-    search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    shared = str(HERE.parent)  # tests/compilation.py
+    paths = [package, shared, os.environ.get("PYTHONPATH")]
+    search = os.pathsep.join(filter(None, paths))
     flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

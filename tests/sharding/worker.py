@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilation import fast_compilation
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,26 +61,6 @@ class Place(NamedTuple):
 def place(layout: str, kind: str) -> Place:
     shape, names, spec = LAYOUTS[layout]
     return Place(jax.make_mesh(shape, names, (KINDS[kind],) * len(names)), spec)
-
-
-def fast_compilation() -> dict[str, Any]:
-    """Options that save time in LLVM; those that this XLA does not know are left out.
-
-    They change nothing about how programs are split over devices.
-    """
-    wanted = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    known = {}
-    for name, value in wanted.items():
-        try:
-            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value})()
-        except jax.errors.JaxRuntimeError:
-            continue
-        known[name] = value
-    return known
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

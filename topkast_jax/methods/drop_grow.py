@@ -95,7 +95,7 @@ def rigl(
         return leaf.grow(gradient, n, outside=kept)
 
     method = _drop_grow(sparsity, drop_fraction, refresh, distribution, where, grow)
-    return method._replace(name="rigl", probe=lambda leaf: True)
+    return method._replace(name="rigl", probe=True)
 
 
 def _drop_grow(
