@@ -1,7 +1,7 @@
 """Always-sparse training in JAX: Top-KAST and its peers as optax transformations."""
 
 from topkast_jax import metrics
-from topkast_jax._trees import axes, kernels, masks
+from topkast_jax._trees import axes, dense_masks, kernels, masks
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
@@ -36,6 +36,7 @@ __all__ = [
     "check",
     "cosine",
     "cubic",
+    "dense_masks",
     "drop_in",
     "erdos_renyi",
     "erk",

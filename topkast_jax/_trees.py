@@ -99,6 +99,9 @@ def kernels(path: str, shape: tuple[int, ...]) -> bool:
 
     The last word of the path is kernel, weight or w, and the rank without stack axes is
     at least 2. Embeddings are sparse only when asked for by name.
+    Example:
+      >>> kernels("block1/conv/kernel", (3, 3, 8, 8)), kernels("norm/bias", (8,))
+      (True, False)
     """
     return path.rsplit("/", 1)[-1] in ("kernel", "weight", "w") and len(shape) >= 2
 
@@ -153,6 +156,9 @@ def axes(rules: Mapping[Pattern, str]) -> AxesRules:
     Args:
       rules: `{pattern: letters}`, the first match wins; a pattern is a glob or a
         compiled regex, such as `{"*/ScanBlock_0/*/kernel": "s i o"}`.
+    Example:
+      >>> axes({"*/ScanBlock_0/*/kernel": "s i o"}).rules
+      {'*/ScanBlock_0/*/kernel': 's i o'}
     """
     for pattern, letters in rules.items():
         wrong = set(letters.split()) - set("skio")
@@ -242,6 +248,12 @@ def masks(opt_state: PyTree) -> Masks:
       `Masks`, each tree shaped like the parameters, None where a parameter is dense.
     Raises:
       ValueError: no state of `tk.sparse` is found, or two claim the same parameter.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.top_kast(0.75, 0.5))
+      >>> state = tx.init({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
+      >>> jax.tree.map(jnp.sum, masks(state).backward)
+      {'bias': None, 'kernel': Array(8, dtype=int32)}
     """
     states = find_states(opt_state)
     if not states:
@@ -253,6 +265,34 @@ def masks(opt_state: PyTree) -> Masks:
     for state in states[1:]:
         merged = Masks(*map(_merge, merged, state.sparse_masks))
     return Masks(*map(_unmask, merged))
+
+
+def dense_masks(opt_state: PyTree) -> Masks:
+    """Masks of every `tk.sparse` inside an optimizer state, bool arrays in any layout.
+
+    Args:
+      opt_state: state of a transformation that contains `tk.sparse`, however deep.
+    Returns:
+      `Masks` of bool arrays, each of its parameter's shape; P too, all False where the
+      method never probes. None where a parameter is dense.
+    Raises:
+      ValueError: as `tk.masks`.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.rigl(0.75))
+      >>> state = tx.init({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
+      >>> jax.tree.map(jnp.shape, dense_masks(state).probe)
+      {'bias': None, 'kernel': (4, 4)}
+    """
+    forward, backward, probe = masks(opt_state)
+
+    def everywhere(mask: Any, seen: Any) -> Any:
+        if mask is None:
+            return None
+        return jnp.broadcast_to(False if seen is None else seen, mask.shape)
+
+    probe = jax.tree.map(everywhere, forward, probe, is_leaf=lambda x: x is None)
+    return Masks(forward, backward, probe)
 
 
 def _is_hole(node: PyTree) -> bool:

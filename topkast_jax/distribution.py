@@ -45,6 +45,9 @@ def uniform(
       copies: slices per parameter; they do not matter here.
     Returns:
       `{path: k per slice}`.
+    Example:
+      >>> uniform({"a": (4, 5), "b": (10, 10)}, 0.9)
+      {'a': 2, 'b': 10}
     """
     del copies
     require_sparsity(sparsity)
@@ -68,6 +71,10 @@ def erdos_renyi(
       copies: slices per parameter.
     Returns:
       `{path: k per slice}`.
+    Example:
+      >>> erdos_renyi({"wide": (10, 100), "small": (10, 10)}, 0.8)
+      {'wide': 186, 'small': 34}
+
     Reference:
       Mocanu et al., 2018, arXiv 1707.04780.
     """
@@ -82,6 +89,10 @@ def erk(shapes: Shapes, sparsity: float, copies: Copies = ONE_SLICE) -> dict[str
 
     As `erdos_renyi`, but the axes of a convolution's window are added, not multiplied
     into the inputs; the two agree on matrices.
+
+    Example:
+      >>> erk({"conv": (3, 3, 8, 16), "head": (16, 10)}, 0.5)
+      {'conv': 496, 'head': 160}
 
     Reference:
       Evci et al., "Rigging the Lottery", 2020, arXiv 1911.11134.
@@ -140,6 +151,10 @@ def by_path(
     Returns:
       A distribution. It raises ValueError if a pattern matches nothing, or if
       `keep_total` asks for what cannot be reached; the error names the maximum.
+    Example:
+      >>> rule = by_path({"head/*": 0.0})
+      >>> rule({"body/kernel": (10, 10), "head/kernel": (10, 2)}, 0.9)
+      {'body/kernel': 10, 'head/kernel': 20}
     """
     for pattern, sparsity in rules.items():
         require_sparsity(sparsity, f"by_path: {pattern!r}")

@@ -40,6 +40,15 @@ def drop_in(tx: Sparse) -> Sparse:
     Returns:
       An optax transformation. Parameters nonzero off A count as leaks (`tk.health`):
       they show that the trainer did not start from `tk.export`.
+    Example:
+      >>> import jax.numpy as jnp, topkast_jax as tk
+      >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+      >>> tx = drop_in(tk.sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.5, penalty=0.0)))
+      >>> state = tx.init(params)
+      >>> alpha = tk.export(params, state)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, alpha)
+      >>> optax.apply_updates(alpha, updates)["kernel"].round(1).tolist()
+      [[0.0, 0.0], [2.9000000953674316, -4.099999904632568]]
     """
 
     def init_fn(params: PyTree) -> DropInState:

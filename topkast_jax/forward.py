@@ -41,6 +41,15 @@ def sparsify(theta: PyTree, masks: Masks) -> PyTree:
       masks: `tk.masks(opt_state)`.
     Returns:
       Tree like `theta`; dense parameters are passed on as they are.
+    Example:
+      >>> import topkast_jax as tk
+      >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]]), "bias": jnp.zeros(2)}
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.25))
+      >>> masks = tk.masks(tx.init(params))
+      >>> sparsify(params, masks)["kernel"].tolist()
+      [[0.0, 0.0], [3.0, -4.0]]
+      >>> jax.grad(lambda theta: sparsify(theta, masks)["kernel"].sum())(params)["kernel"].tolist()
+      [[0.0, 1.0], [1.0, 1.0]]
     """
 
     def leaf(forward: Any, backward: Any, probe: Any, value: Any) -> Any:
@@ -62,6 +71,12 @@ def export(params: PyTree, opt_state: optax.OptState) -> PyTree:
       Tree like `params`.
     Raises:
       ValueError: no `tk.sparse` in the state.
+    Example:
+      >>> import topkast_jax as tk
+      >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]]), "bias": jnp.zeros(2)}
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.25))
+      >>> export(params, tx.init(params))["kernel"].tolist()
+      [[0.0, 0.0], [3.0, -4.0]]
     """
     return apply_masks(params, _trees.masks(opt_state).forward)
 

@@ -63,6 +63,15 @@ def check(params: PyTree, opt_state: optax.OptState) -> None:
     Raises:
       ValueError: a gradient has leaked (see `Health`), or, after the first update of a
         method without reservoir, a weight off B is not zero.
+    Example:
+      >>> import topkast_jax as tk
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.static(0.75))
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(params, state, params)  # a gradient that is dense
+      >>> check(params, state)
+      Traceback (most recent call last):
+      ValueError: in 1 updates the gradient was nonzero outside B and P: the loss ...
     """
     leaks = health(opt_state).leaks
     if leaks:

@@ -31,7 +31,16 @@ def _nnz(mask: Array) -> int:
 
 
 def sparsity(masks: Masks) -> dict[str, tuple[float, float]]:
-    """`{path: (of A, of B)}`, fractions of zeros, with "total" over sparse leaves; host."""
+    """`{path: (of A, of B)}`, fractions of zeros, with "total" over sparse leaves; host.
+
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.adam(0.1), tk.top_kast(0.75, 0.5))
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+      >>> masks = tk.masks(tx.init(params))
+      >>> sparsity(masks)
+      {'kernel': (0.75, 0.5), 'total': (0.75, 0.5)}
+    """
     forward, backward = _named(masks.forward), _named(masks.backward)
     counts: dict[str, tuple[int, ...]] = {
         path: (_nnz(mask), _nnz(backward[path]), mask.size)
@@ -53,7 +62,12 @@ def _float_count(mask: Array) -> Array:
 
 
 def overlap(a: PyTree, b: PyTree) -> dict[str, float]:
-    """`{path: |a and b| / |a or b|}` of two trees of masks, with "total"; host."""
+    """`{path: |a and b| / |a or b|}` of two trees of masks, with "total"; host.
+
+    Example:
+      >>> overlap({"w": jnp.array([True, True])}, {"w": jnp.array([True, False])})
+      {'w': 0.5, 'total': 0.5}
+    """
     first, second = _named(a), _named(b)
     counts: dict[str, tuple[int, ...]] = {
         path: (_nnz(mask & second[path]), _nnz(mask | second[path]))
@@ -76,7 +90,16 @@ def reservoir_used(first: PyTree, ever: PyTree) -> Float[Array, ""]:
 
 
 def dead_units(masks: Masks, axes: AxesRules | None = None) -> dict[str, int]:
-    """`{path: output units without a single input in A}`, over all slices; host."""
+    """`{path: output units without a single input in A}`, over all slices; host.
+
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.adam(0.1), tk.top_kast(0.75, 0.5))
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+      >>> masks = tk.masks(tx.init(params))
+      >>> dead_units(masks)  # equal magnitudes: the first row is in A, whole
+      {'kernel': 0}
+    """
     named = _named(masks.forward)
     rules = AxesRules({}) if axes is None else axes
     roles = rules.resolve({path: mask.shape for path, mask in named.items()})
@@ -119,6 +142,13 @@ def flops(params: PyTree, masks: Masks | None, uses: Mapping[str, int]) -> Flops
       `Flops`.
     Raises:
       ValueError: `uses` names a parameter that does not exist.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.adam(0.1), tk.top_kast(0.75, 0.5))
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+      >>> masks = tk.masks(tx.init(params))
+      >>> flops(params, masks, {"kernel": 100}).fraction  # (2 * 0.25 + 0.5) / 3
+      0.3333333333333333
     """
     sizes = {p.path: p.array.size for p in _trees.parameters(params)[0]}
     _trees.require_matches(uses, list(sizes), "uses")
@@ -154,6 +184,10 @@ def bytes_of(params: PyTree, opt_state: optax.OptState) -> Bytes:
     Args:
       params: arrays, or their shapes.
       opt_state: any optimizer state, with or without `tk.sparse`, or its shapes.
+    Example:
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> bytes_of(params, optax.adam(0.1).init(params))
+      Bytes(parameters=64, masks=0, optimizer=132)
     """
     masks = sum(_bytes(state.sparse_masks) for state in _trees.find_states(opt_state))
     return Bytes(_bytes(params), masks, _bytes(opt_state) - masks)

@@ -82,6 +82,15 @@ def sparse(
     Raises:
       ValueError: an unknown layout or reset, or a missing learning rate. `init` raises
         if nothing is selected, or a parameter would keep nothing.
+    Example:
+      >>> import topkast_jax as tk
+      >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+      >>> tx = sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.5, penalty=0.0))
+      >>> state = tx.init(params)
+      >>> loss = lambda theta: tk.sparsify(theta, tk.masks(state))["kernel"].sum()
+      >>> updates, state = tx.update(jax.grad(loss)(params), state, params)
+      >>> updates["kernel"].tolist()  # only B moves
+      [[0.0, 0.0], [-0.10000000149011612, -0.10000000149011612]]
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not one of {LAYOUTS}")
@@ -259,6 +268,15 @@ def plan(tx: optax.GradientTransformation, params: PyTree) -> Plan:
       `Plan`; `print` it.
     Raises:
       ValueError: as `tx.init`, or `tx` was not made by `tk.sparse`.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = sparse(optax.adam(0.1), tk.top_kast(0.9, 0.8))
+      >>> print(plan(tx, {"kernel": jnp.ones((20, 10)), "bias": jnp.ones(10)}))
+      parameter         shape  axes   k_A  k_B  sparsity A       B  slots
+      bias              10     dense   10
+      kernel            20x10  i o     20   40      0.9000  0.8000      2
+      sparse, top_kast  200            20   40      0.9000  0.8000
+      all               210            30   50      0.8571  0.7619
     """
     if not isinstance(tx, Sparse):
         raise ValueError(

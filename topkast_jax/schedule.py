@@ -45,6 +45,9 @@ def every(n: int, start: int | None = None, stop: int | None = None) -> Every:
 
     Raises:
       ValueError: `n` below 1, or a schedule that never fires.
+    Example:
+      >>> [step for step in range(50) if every(10, stop=40)(step)]
+      [10, 20, 30]
     """
     start = n if start is None else start
     if n < 1:
@@ -65,6 +68,9 @@ def at(steps: Sequence[int]) -> At:
 
     Raises:
       ValueError: an empty list (it never fires) or a step below 1.
+    Example:
+      >>> [step for step in range(50) if at([5, 20])(step)]
+      [5, 20]
     """
     listed = tuple(sorted({int(step) for step in steps}))
     if not listed:
@@ -75,7 +81,12 @@ def at(steps: Sequence[int]) -> At:
 
 
 def first_due(due: Due, steps: int) -> int | None:
-    """First step in [1, steps) at which a schedule fires; None if it never does."""
+    """First step in [1, steps) at which a schedule fires; None if it never does.
+
+    Example:
+      >>> first_due(every(10, start=25), steps=100)
+      25
+    """
     fires = np.asarray(due(np.arange(steps)))[1:]
     return int(np.argmax(fires)) + 1 if fires.any() else None
 
@@ -84,6 +95,9 @@ def cosine(value: float, stop: int) -> Schedule:
     """`value / 2 * (1 + cos(pi * step / stop))`, 0 from `stop` on.
 
     Drop fraction of RigL (arXiv 1911.11134) and GSE (arXiv 2401.06898).
+    Example:
+      >>> [round(float(cosine(0.3, 100)(step)), 3) for step in (0, 50, 100)]
+      [0.3, 0.15, 0.0]
     """
     if stop < 1:
         raise ValueError(f"cosine: stop={stop} must be at least 1")
@@ -99,6 +113,10 @@ def cubic(start_value: float, end_value: float, start: int, stop: int) -> Schedu
     """Cubic ramp from `start_value` to `end_value` between steps `start` and `stop`.
 
     `end + (start - end) * (1 - progress)**3`: fast first, then slow.
+
+    Example:
+      >>> [round(float(cubic(0.0, 0.8, 0, 100)(step)), 3) for step in (0, 50, 100)]
+      [0.0, 0.7, 0.8]
 
     Reference:
       Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878.

@@ -45,6 +45,12 @@ def top_k(
       Boolean mask of the shape and sharding of `scores`.
     Raises:
       ValueError: a static `k` outside [0, slice size], or a slice over 2^31-1 entries.
+    Example:
+      >>> scores = jnp.array([[3.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
+      >>> top_k(scores, 2).astype(int).tolist()
+      [[0, 0, 0], [1, 1, 0]]
+      >>> top_k(scores, 2, axes=(1,)).astype(int).tolist()
+      [[1, 0, 1], [1, 1, 0]]
     """
     axes = tuple(range(scores.ndim)) if axes is None else axes
     size = math.prod(scores.shape[a] for a in axes)
@@ -97,6 +103,10 @@ def top_k_tree(
       Tree of boolean masks.
     Raises:
       ValueError: a static `k` outside [0, total size], or leaves of several dtypes.
+    Example:
+      >>> scores = {"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}
+      >>> {name: m.tolist() for name, m in top_k_tree(scores, 2).items()}
+      {'a': [False, True], 'b': [True, False]}
     """
     leaves, treedef = _trees.flatten(scores)
     _require_static_k(k, sum(math.prod(leaf.shape) for leaf in leaves), "top_k_tree")
@@ -160,6 +170,9 @@ def random_k(
       among: draw only where True.
     Returns:
       Boolean mask of `shape`.
+    Example:
+      >>> int(random_k(jax.random.key(0), 3, (4, 5)).sum())
+      3
     """
     order = random_order(key, shape, roles)
     within = roles.within if roles else None

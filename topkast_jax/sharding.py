@@ -24,6 +24,12 @@ def state_shardings(
       default: sharding of all else, as a rule replicated.
     Returns:
       Tree of shardings like `abstract_state`.
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> state = optax.adam(0.1).init(params)
+      >>> state_shardings(state, params, {"kernel": "by rows"}, "everywhere")[0].mu
+      {'kernel': 'by rows'}
     """
     flat, treedef = _trees.parameters(params)
     of_params = treedef.flatten_up_to(shardings)

@@ -50,6 +50,16 @@ def set_(
       A `Method`.
     Raises:
       ValueError: a number out of range.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.set_(0.75, refresh=tk.every(1)))
+      >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4)}
+      >>> state = tx.init(params)
+      >>> _, after = tx.update(params, state, params)
+      >>> before, now = (tk.masks(s).forward["kernel"] for s in (state, after))
+      >>> int(now.sum()), int((now & ~before).sum())  # one of four was replaced
+      (4, 1)
+
     Reference:
       Mocanu et al., 2018, arXiv 1707.04780.
     """
@@ -87,6 +97,14 @@ def rigl(
       A `Method`.
     Raises:
       ValueError: a number out of range.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.rigl(0.75, refresh=tk.every(1)))
+      >>> params = {"kernel": jnp.zeros((4, 4))}
+      >>> state = tx.init(params)
+      >>> bool(tk.masks(state).probe["kernel"])  # step 1 is due: see every gradient
+      True
+
     Reference:
       Evci et al., "Rigging the Lottery", 2020, arXiv 1911.11134.
     """

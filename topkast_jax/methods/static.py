@@ -24,6 +24,12 @@ def static(
       A `Method` that never refreshes.
     Raises:
       ValueError: a sparsity out of range.
+    Example:
+      >>> import jax.numpy as jnp, optax, topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.static(0.75))
+      >>> masks = tk.masks(tx.init({"kernel": jnp.ones((4, 4))}))
+      >>> int(masks.forward["kernel"].sum())
+      4
     """
     distribution_lib.require_sparsity(sparsity)
 

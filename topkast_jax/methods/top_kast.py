@@ -69,6 +69,15 @@ def top_kast(
       A `Method`.
     Raises:
       ValueError: sparsities out of range or order, an unknown option, a negative value.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.25, penalty=0.0))
+      >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+      >>> masks = tk.masks(tx.init(params))
+      >>> masks.forward["kernel"].astype(int).tolist()
+      [[0, 0], [1, 1]]
+      >>> masks.backward["kernel"].astype(int).tolist()
+      [[0, 1], [1, 1]]
     """
     distribution_lib.require_sparsity(forward_sparsity, "forward_sparsity")
     distribution_lib.require_sparsity(backward_sparsity, "backward_sparsity")
