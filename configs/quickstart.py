@@ -9,6 +9,7 @@ Other methods and sparsities, from the same file:
 
     --config=configs/quickstart.py:method=dense|static|set|rigl|top_kast
     --config=configs/quickstart.py:forward=0.95,backward=0.9
+    --config=configs/quickstart.py:structure=blocks:8x128
     --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
 
 Expected after 1500 steps, about three minutes on two CPU cores: 2.6 bits per byte on
@@ -25,7 +26,12 @@ from configs import common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config; `arg` is a comma separated list, see the docstring of this file."""
     args = common.parse(
-        arg, method="top_kast", forward=None, backward=None, smoke=False
+        arg,
+        method="top_kast",
+        forward=None,
+        backward=None,
+        structure="unstructured",
+        smoke=False,
     )
     method, smoke = args["method"], args["smoke"]
     forward = 0.9 if args["forward"] is None else args["forward"]
@@ -34,8 +40,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         if args["backward"] is None
         else args["backward"]
     )
-    if method == "dense" and args["forward"] is not None:
-        raise ValueError("config argument forward= has no meaning for method=dense")
+    structured = args["structure"] != "unstructured"
+    if method == "dense" and (structured or args["forward"] is not None):
+        raise ValueError(
+            "config arguments forward= and structure= have no meaning for method=dense"
+        )
     if method != "top_kast" and args["backward"] is not None:
         raise ValueError("config argument backward= is for method=top_kast only")
 
@@ -43,6 +52,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     dense = method == "dense"
     # Names the default workdir, runs/<name>.
     config.name = f"quickstart-{method}" + ("" if dense else f"-{forward:g}")
+    if structured:
+        config.name += "-" + args["structure"].replace(":", "-")
     config.seed = 0
     config.steps = 8 if smoke else 1500
 
@@ -86,6 +97,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 ("*/attention/out/kernel", "i i o"),
                 ("*/attention/*/kernel", "i o o"),
             ),
+            # Or "blocks:8x128", "fan_in", "fan_in:1x64", "n_of_m:32".
+            structure=args["structure"],
             distribution="uniform",  # or "erk", "erdos_renyi", {glob: sparsity}
         )
     if method == "top_kast":

@@ -69,7 +69,7 @@ def sparse(
 
     Args:
       config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
-        `axes`, `where`, `distribution`, `drop_decay`, and `refresh` with
+        `axes`, `where`, `distribution`, `structure`, `drop_decay`, and `refresh` with
         `refresh_start` and `refresh_stop`; the rest are arguments of the method.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
@@ -95,6 +95,7 @@ def sparse(
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
     where = arguments.pop("where", "")
     arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
+    arguments["structure"] = _structure(arguments.get("structure", "unstructured"))
     arguments["where"] = where.split(",") if where else tk.kernels
     if "refresh" in arguments:
         arguments["refresh"] = _due(arguments, steps)
@@ -151,6 +152,24 @@ def _distribution(config: Any) -> Any:
             )
         return DISTRIBUTIONS[config]
     return tk.by_path(dict(config))
+
+
+def _structure(text: str) -> tk.Structure:
+    """Reads "unstructured", "blocks:8x128", "fan_in", "fan_in:1x64" or "n_of_m:32"."""
+    name, _, size = text.partition(":")
+    sides = [int(side) for side in size.split("x") if side.isdecimal()]
+    if text == "unstructured":
+        return tk.unstructured
+    if name == "blocks" and len(sides) == 2:
+        return tk.blocks(*sides)
+    if name == "fan_in" and (not size or len(sides) == 2):
+        return tk.fan_in(*sides)
+    if name == "n_of_m" and len(sides) == 1:
+        return tk.n_of_m(*sides)
+    raise ValueError(
+        f"sparse.structure={text!r} is unknown; there are unstructured, blocks:8x128, "
+        "fan_in, fan_in:1x64 and n_of_m:32, with sizes of one's own"
+    )
 
 
 def _named(name: str) -> Callable[..., Any]:

@@ -6,14 +6,14 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_types", "_trees", "draw"},
-    {"score", "select", "distribution", "schedule"},
+    {"score", "select", "distribution", "schedule", "structure"},
     {"forward", "layouts"},
     {"methods"},
     {"plan", "optimizer", "health", "drop_in", "metrics", "sharding"},
 ]
 # Within a floor: the later of two may import the earlier.
 ORDER = ["_types", "_trees", "draw", "distribution", "schedule", "score", "select",
-         "forward", "layouts", "methods", "plan", "optimizer", "health", "drop_in",
+         "structure", "forward", "layouts", "methods", "plan", "optimizer", "health", "drop_in",
          "metrics", "sharding"]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from topkast_jax._trees import leaf_key
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks
 from topkast_jax.draw import position_of
 from topkast_jax.layouts.masked import MaskedLeaf
+from topkast_jax.structure import Grid
 
 SHAPE = (12, 15)
 SIZE = 180
@@ -46,6 +47,7 @@ class ListLeaf:
     shape: tuple[int, ...] = SHAPE
     axes: Axes = ROLES
     learning_rate: float | None = None
+    size: int = SIZE
 
     def top(self, scores: Any, k: Any, among: Any = None) -> np.ndarray:
         among = np.ones(len(self.positions), bool) if among is None else among
@@ -68,6 +70,9 @@ class ListLeaf:
             rank += chunk
         return np.sort(np.array(found, np.int64))
 
+    def portion(self, share: Any, k: int) -> int:
+        return round(float(share) * k)
+
     def union(self, first: Any, second: Any) -> np.ndarray:
         return np.union1d(first, second).astype(np.int64)
 
@@ -81,7 +86,8 @@ class ListLeaf:
 def masked_leaf(theta, masks, counts, step) -> MaskedLeaf:
     key = leaf_key(jnp.uint32(5), "kernel", step)
     zeros = jnp.zeros(SHAPE)
-    return MaskedLeaf(theta, *masks, zeros, "kernel", ROLES, counts, key)
+    grid = Grid(SHAPE, ROLES, tk.unstructured)
+    return MaskedLeaf(theta, *masks, zeros, "kernel", grid, counts, key)
 
 
 def list_leaf(theta, masks, counts, step, everything) -> ListLeaf:

@@ -13,6 +13,7 @@ from topkast_jax.plan import Plan
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import state_shardings
+from topkast_jax.structure import Structure, blocks, fan_in, n_of_m, unstructured
 
 __version__ = "0.1.0"
 
@@ -30,8 +31,10 @@ __all__ = [
     "Plan",
     "Sparse",
     "SparseState",
+    "Structure",
     "at",
     "axes",
+    "blocks",
     "by_path",
     "check",
     "cosine",
@@ -42,11 +45,13 @@ __all__ = [
     "erk",
     "every",
     "export",
+    "fan_in",
     "first_due",
     "health",
     "kernels",
     "masks",
     "metrics",
+    "n_of_m",
     "plan",
     "random_k",
     "rigl",
@@ -59,4 +64,5 @@ __all__ = [
     "top_k_tree",
     "top_kast",
     "uniform",
+    "unstructured",
 ]

@@ -42,7 +42,11 @@ class Axes(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sizes of A and B of one leaf, per slice of its stack axes."""
+    """Sizes of A and B of one leaf: entries per slice of its stack axes.
+
+    Where a structure has been applied: units per selection. The two are the same
+    without a structure.
+    """
 
     forward: int
     backward: int
@@ -75,7 +79,8 @@ class Leaf(Protocol):
     The arrays run over the entries that the layout holds: all of them in the masked
     layout, those of B in the packed one. `grad` is zero outside B and P. A method reads
     the arrays elementwise, and makes sets with the verbs, so that the same method runs
-    in every layout.
+    in every layout. The verbs count units of the method's structure; `size` is how many
+    compete in one selection, `counts` how many of them A and B keep.
     """
 
     @property
@@ -88,6 +93,8 @@ class Leaf(Protocol):
     def grad(self) -> Array: ...
     @property
     def counts(self) -> Counts: ...
+    @property
+    def size(self) -> int: ...
     @property
     def learning_rate(self) -> Scalar | None: ...
     @property
@@ -109,6 +116,10 @@ class Leaf(Protocol):
 
     def draw(self, k: Any, outside: Entries | None = None) -> Entries:
         """`k` random positions of the whole leaf, outside a set."""
+        ...
+
+    def portion(self, share: Any, k: int) -> Any:
+        """`share * k` as a number of units of a selection; `top` and the rest take it."""
         ...
 
     def union(self, first: Entries, second: Entries) -> Entries:
@@ -140,6 +151,7 @@ class Method(NamedTuple):
       refresh: `(leaf, memory, step) -> (masks, memory)`, valid for `step`.
       due: at which steps a refresh takes effect; None for never.
       where: which parameters are sparse.
+      structure: which patterns the masks have.
       reservoir: whether entries off B keep their value (else they are zero).
       probe: whether the step before a refresh sees, but does not apply, the gradient
         of every entry.
@@ -156,6 +168,7 @@ class Method(NamedTuple):
     due: Due | None
     where: Any
     reservoir: bool
+    structure: Any
     probe: bool = False
     observe: Callable[[Array, Memory], Memory] | None = None
     penalty: Callable[[Leaf], Array] | None = None

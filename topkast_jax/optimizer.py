@@ -302,7 +302,7 @@ def _view(
         backward=sets.backward,
         grad=grad,
         path=site.path,
-        axes=site.axes,
+        grid=site.grid,
         counts=site.counts,
         key=_trees.leaf_key(seed, site.path, step),
         memory=memory,

@@ -10,18 +10,33 @@ import jax.numpy as jnp
 import optax
 
 from topkast_jax import _trees
+from topkast_jax import structure as structures
 from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import Axes, Counts, Method, PyTree
+from topkast_jax.structure import Grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One sparse parameter: its place in the flattened tree, name, axes and counts."""
+    """One sparse parameter.
+
+    Attributes:
+      index: its place in the flattened tree.
+      path: its name.
+      grid: its units.
+      counts: units of A and B per selection.
+      asked: entries of A and B per slice, before the structure rounded them.
+    """
 
     index: int
     path: str
-    axes: Axes
+    grid: Grid
     counts: Counts
+    asked: Counts
+
+    @property
+    def axes(self) -> Axes:
+        return self.grid.axes
 
 
 def sites(method: Method, rules: AxesRules, params: Sequence[Parameter]) -> list[Site]:
@@ -48,15 +63,22 @@ def sites(method: Method, rules: AxesRules, params: Sequence[Parameter]) -> list
         {p: canonical[p] for p in shapes if p in chosen},
         {p: copies[p] for p in shapes if p in chosen},
     )
-    return [
-        Site(i, p.path, roles[p.path], counts[p.path])
-        for i, p in real
-        if p.path in chosen
-    ]
+    found = []
+    for i, p in real:
+        if p.path not in chosen:
+            continue
+        asked = counts[p.path]
+        grid = structures.grid(method.structure, p.path, shapes[p.path], roles[p.path])
+        units = asked if grid.selections == grid.entries == 1 else grid.quantise(asked)
+        found.append(Site(i, p.path, grid, units, asked))
+    return found
 
 
 class Row(NamedTuple):
-    """One parameter of a plan. Counts are those of all slices together."""
+    """One parameter of a plan. Counts are entries of all slices together.
+
+    `asked` is (k_A, k_B) as the distribution gave them, where the structure changed them.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -64,6 +86,7 @@ class Row(NamedTuple):
     k_forward: int
     k_backward: int
     slots: int
+    asked: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:
@@ -82,11 +105,13 @@ class Plan(NamedTuple):
       rows: one for each parameter, dense ones included (axes "" and all entries kept).
       slotless: sparse parameters for which the inner optimizer keeps no array of their
         shape, so that nothing is reset when entries enter or leave B.
+      structure: name of the structure of the masks.
     """
 
     method: str
     rows: tuple[Row, ...]
     slotless: tuple[str, ...]
+    structure: str
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "axes", "k_A", "k_B", "sparsity A", "B", "slots")
@@ -110,6 +135,12 @@ class Plan(NamedTuple):
             ).rstrip()
             for line in lines
         )
+        if any(row.asked for row in chosen):
+            a, b = (
+                sum((r.asked or (r.k_forward, r.k_backward))[i] for r in chosen)
+                for i in (0, 1)
+            )
+            text += f"\n{self.structure}: asked for k_A {a}, k_B {b}; rounded per layer"
         if self.slotless:
             text += (
                 "\nno slot in the inner optimizer (nothing to reset when masks move): "
@@ -153,7 +184,11 @@ def make(
         for letter, group in zip("skio", site.axes, strict=True):
             letters |= dict.fromkeys(group, letter)
         text = " ".join(letters[a] for a in range(len(shape)))
-        k_forward, k_backward = (copies * k for k in site.counts)
-        rows.append(Row(param.path, shape, text, k_forward, k_backward, slots))
+        each = copies * site.grid.selections * site.grid.entries
+        kept = (each * site.counts.forward, each * site.counts.backward)
+        wanted = (copies * site.asked.forward, copies * site.asked.backward)
+        asked = None if kept == wanted else wanted
+        rows.append(Row(param.path, shape, text, *kept, slots, asked))
     slotless = tuple(row.path for row in rows if row.sparse and not row.slots)
-    return Plan(method.name, tuple(rows), slotless)
+    structure = method.structure.name
+    return Plan(method.name, tuple(rows), slotless, structure)

@@ -136,7 +136,8 @@ def test_quickstart_plan_and_shardings() -> None:
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("method=dense,forward=0.5", "forward= has no meaning for method=dense"),
+        ("method=dense,forward=0.5", "forward= and structure= have no meaning"),
+        ("method=dense,structure=fan_in", "forward= and structure= have no meaning"),
         ("method=rigl,backward=0.5", "backward= is for method=top_kast"),
         ("sparsity=0.5", "'sparsity' is unknown"),
     ],
@@ -164,6 +165,10 @@ BAD = [
     ({"sparse__stop": 12}, "sparse.stop=12 never comes within steps=12"),
     ({"sparse__where": "*/kernal"}, "pattern '[*]/kernal' matches no parameter"),
     ({"sparse__distribution": "flat"}, "sparse.distribution='flat' is unknown"),
+    ({"sparse__structure": "block:8x8"}, "sparse.structure='block:8x8' is unknown"),
+    ({"sparse__structure": "blocks:8"}, "sparse.structure='blocks:8' is unknown"),
+    ({"sparse__structure": "blocks:8x0"}, "blocks: 8x0: sides are at least 1"),
+    ({"sparse__structure": "n_of_m:3"}, "not a multiple of 3, as N:3 needs"),
     ({"sparse__distribution": {"*/kernal": 0.5}}, "'[*]/kernal' matches no parameter"),
     ({"sparse__axes": (("*/kernel", "x y"),)}, "must be letters out of s, k, i, o"),
     ({"mesh": "data:4096"}, "needs 4096 devices, but this process has"),

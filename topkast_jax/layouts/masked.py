@@ -8,6 +8,10 @@ from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
 from topkast_jax.select import random_k, top_k
+from topkast_jax.structure import Grid
+
+_PORTION = jnp.uint32(2**32 - 1)
+"""Folded into a leaf's key for `portion`; no slice has this number."""
 
 
 class MaskedLeaf(NamedTuple):
@@ -18,7 +22,7 @@ class MaskedLeaf(NamedTuple):
     backward: Bool[Array, "..."]
     grad: Array
     path: str
-    axes: Axes
+    grid: Grid
     counts: Counts
     key: jax.Array
     memory: Memory = ()
@@ -28,24 +32,57 @@ class MaskedLeaf(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
+    @property
+    def axes(self) -> Axes:
+        return self.grid.axes
+
+    @property
+    def size(self) -> int:
+        """Units that compete in one selection."""
+        return self.grid.size
+
     def top(self, scores: Array, k: Any, among: Array | None = None) -> Array:
-        """The `k` entries of largest score, among those marked; ties by position."""
-        return top_k(scores, k, self.axes.within, among)
+        """The `k` units of largest score, among those marked; ties by position."""
+        return self._top(scores, k, among, None)
 
     def grow(self, score: Score, k: Any, outside: Array) -> Array:
-        """The `k` positions of largest score outside a set; ties in random order.
+        """The `k` units of largest score outside a set; ties in random order.
 
         Random, because all-zero gradients tie, and growth must not pile up at the
         lowest positions then.
         """
-        scores = score(self, self.memory)
-        return top_k(scores, k, self.axes.within, ~outside, self.key)
+        return self._top(score(self, self.memory), k, ~outside, self.key)
+
+    def _top(
+        self, scores: Array, k: Any, among: Array | None, key: jax.Array | None
+    ) -> Array:
+        grid = self.grid
+        allowed = None if among is None else grid.of_entries(among)
+        within = grid.roles.within
+        return grid.spread(top_k(grid.scores(scores), k, within, allowed, key))
 
     def draw(self, k: Any, outside: Array | None = None) -> Array:
-        """`k` random positions, outside a set."""
+        """`k` random units, outside a set."""
+        grid = self.grid
         # Marks made from the value, so that the draw is sharded like it.
         allowed = jnp.ones_like(self.value, bool) if outside is None else ~outside
-        return random_k(self.key, k, self.shape, self.axes, allowed)
+        allowed = grid.of_entries(allowed)
+        return grid.spread(random_k(self.key, k, allowed.shape, grid.roles, allowed))
+
+    def portion(self, share: Any, k: int) -> Any:
+        """`share * k` as a number of units of a selection.
+
+        Rounded. Where a slice has several selections, each is rounded up or down at
+        random, so that the total comes out: 0.3 of 1 would be 0 in each of them.
+        """
+        if self.grid.selections == 1:
+            if not isinstance(share, Array):
+                return round(share * k)
+            return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
+        within = self.grid.roles.within
+        shape = [1 if a in within else n for a, n in enumerate(self.grid.array)]
+        noise = jax.random.uniform(jax.random.fold_in(self.key, _PORTION), shape)
+        return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
 
     def union(self, first: Array, second: Array) -> Array:
         """Union of two sets."""

@@ -20,6 +20,7 @@ from topkast_jax.distribution import Distribution
 from topkast_jax.methods.static import static
 from topkast_jax.schedule import every
 from topkast_jax.score import gradient, magnitude
+from topkast_jax.structure import Structure, unstructured
 
 Grow = Callable[[Leaf, Any, Entries], Entries]
 
@@ -30,6 +31,7 @@ def set_(
     drop_fraction: float | Schedule = 0.3,
     refresh: Due = every(100),
     distribution: Distribution = distribution_lib.uniform,
+    structure: Structure = unstructured,
     where: Where = kernels,
 ) -> Method:
     """SET, sparse evolutionary training: drop by magnitude, grow at random.
@@ -45,6 +47,7 @@ def set_(
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters.
+      structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
     Returns:
       A `Method`.
@@ -67,7 +70,8 @@ def set_(
     def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
         return leaf.draw(n, outside=kept)
 
-    method = _drop_grow(sparsity, drop_fraction, refresh, distribution, where, grow)
+    base = static(sparsity, distribution=distribution, structure=structure, where=where)
+    method = _drop_grow(base, drop_fraction, refresh, grow)
     return method._replace(name="set")
 
 
@@ -77,6 +81,7 @@ def rigl(
     drop_fraction: float | Schedule = 0.3,
     refresh: Due = every(100),
     distribution: Distribution = distribution_lib.uniform,
+    structure: Structure = unstructured,
     where: Where = kernels,
 ) -> Method:
     """RigL: drop by magnitude, grow where the dense gradient is largest.
@@ -92,6 +97,7 @@ def rigl(
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters.
+      structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
     Returns:
       A `Method`.
@@ -112,34 +118,28 @@ def rigl(
     def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
         return leaf.grow(gradient, n, outside=kept)
 
-    method = _drop_grow(sparsity, drop_fraction, refresh, distribution, where, grow)
+    base = static(sparsity, distribution=distribution, structure=structure, where=where)
+    method = _drop_grow(base, drop_fraction, refresh, grow)
     return method._replace(name="rigl", probe=True)
 
 
 def _drop_grow(
-    sparsity: float,
-    drop_fraction: float | Schedule,
-    refresh: Due,
-    distribution: Distribution,
-    where: Where,
-    grow: Grow,
+    base: Method, drop_fraction: float | Schedule, refresh: Due, grow: Grow
 ) -> Method:
-    """A method with A = B of constant size that starts from `static`'s masks."""
+    """A method with A = B of constant size that starts from the masks of `base`."""
     if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
         raise ValueError(f"drop_fraction={drop_fraction} must lie in [0, 1]")
-    base = static(sparsity, distribution=distribution, where=where)
 
-    def dropped(k: int, step: Any) -> Any:
+    def share(step: Any) -> Any:
         if callable(drop_fraction):
-            share = jnp.clip(drop_fraction(step), 0, 1)
-            return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
-        return round(drop_fraction * k)
+            return jnp.clip(jnp.asarray(drop_fraction(step)), 0, 1)
+        return drop_fraction
 
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any
     ) -> tuple[LeafMasks, Memory]:
         k = leaf.counts.forward
-        n = dropped(k, step)
+        n = leaf.portion(share(step), k)
         kept = leaf.top(magnitude(leaf), k - n, among=leaf.forward)
         chosen = leaf.union(kept, grow(leaf, n, kept))
         return leaf.masks(chosen, chosen), memory

@@ -6,12 +6,14 @@ from topkast_jax import distribution as distribution_lib
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Leaf, LeafMasks, Memory, Method
 from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.structure import Structure, unstructured
 
 
 def static(
     sparsity: float,
     *,
     distribution: Distribution = distribution_lib.uniform,
+    structure: Structure = unstructured,
     where: Where = kernels,
 ) -> Method:
     """A random mask, drawn once from the seed: A = B, weights off A are zero.
@@ -19,6 +21,7 @@ def static(
     Args:
       sparsity: fraction of zeros, in [0, 1).
       distribution: how sparsity is spread over parameters.
+      structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
     Returns:
       A `Method` that never refreshes.
@@ -52,5 +55,6 @@ def static(
         refresh=keep_masks,
         due=None,
         where=where,
+        structure=structure,
         reservoir=False,
     )

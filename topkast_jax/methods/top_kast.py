@@ -1,6 +1,5 @@
 """Top-KAST: Top-K Always Sparse Training (Jayakumar et al., arXiv 2106.03517)."""
 
-import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method
 from topkast_jax.distribution import Copies, Distribution, Shapes
 from topkast_jax.schedule import every
 from topkast_jax.score import magnitude
+from topkast_jax.structure import Structure, unstructured
 
 Norm = Literal["l2", "l1"]
 PenaltyMode = Literal["gradient", "decoupled"]
@@ -29,6 +29,7 @@ def top_kast(
     stop: int | None = None,
     explore: Explore = "top",
     distribution: Distribution = distribution_lib.uniform,
+    structure: Structure = unstructured,
     where: Where = kernels,
 ) -> Method:
     """Top-KAST: forward with the k_A largest weights, train the k_B largest.
@@ -43,7 +44,7 @@ def top_kast(
 
         R(theta_i) = |theta_i|_p on A,  |theta_i|_p / D on B \\ A,  0 elsewhere,
 
-    with D = k_A / size, the forward density. The paper prints the L1 norm and calls it
+    with D = k_A / size, the forward density (of units, where a structure is given). The paper prints the L1 norm and calls it
     L2; L2 is `lambda / 2 * theta^2` here, so its gradient is lambda * theta.
 
     Corner cases: equal sparsities give A = B; `backward_sparsity=0` gives B =
@@ -64,6 +65,7 @@ def top_kast(
       explore: "top", or "random" for the paper's ablation: B is A plus random entries,
         drawn anew at each refresh.
       distribution: how sparsity is spread over parameters.
+      structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
     Returns:
       A `Method`.
@@ -129,8 +131,7 @@ def top_kast(
         return select(leaf, False if stop is None else step == stop), memory
 
     def penalty_gradient(leaf: Leaf) -> Array:
-        slice_size = math.prod(leaf.shape[a] for a in leaf.axes.within)
-        density = leaf.counts.forward / slice_size
+        density = leaf.counts.forward / leaf.size
         theta = leaf.value if penalty_norm == "l2" else jnp.sign(leaf.value)
         on_forward = penalty * theta
         return jnp.where(leaf.forward, on_forward, on_forward / density)
@@ -148,6 +149,7 @@ def top_kast(
         refresh=refresh_masks,
         due=due,
         where=where,
+        structure=structure,
         reservoir=True,
         penalty=penalty_gradient if penalty and not decoupled else None,
         adjust=decay if penalty and decoupled else None,
