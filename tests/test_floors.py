@@ -7,13 +7,24 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_types", "_trees", "draw"},
     {"score", "select", "distribution", "schedule", "structure"},
-    {"forward", "layouts"},
+    {"layouts", "forward"},
     {"methods"},
-    {"plan", "optimizer", "health", "drop_in", "metrics", "sharding"},
+    {
+        "plan",
+        "transformation",
+        "faults",
+        "packed",
+        "optimizer",
+        "health",
+        "drop_in",
+        "metrics",
+        "sharding",
+    },
 ]
 # Within a floor: the later of two may import the earlier.
 ORDER = ["_types", "_trees", "draw", "distribution", "schedule", "score", "select",
-         "structure", "forward", "layouts", "methods", "plan", "optimizer", "health", "drop_in",
+         "structure", "layouts", "forward", "methods", "plan", "transformation", "faults",
+         "packed", "optimizer", "health", "drop_in",
          "metrics", "sharding"]  # fmt: skip
 
 

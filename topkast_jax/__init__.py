@@ -1,19 +1,22 @@
 """Always-sparse training in JAX: Top-KAST and its peers as optax transformations."""
 
 from topkast_jax import metrics
-from topkast_jax._trees import axes, dense_masks, kernels, masks
+from topkast_jax._trees import axes, kernels, masks
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
-from topkast_jax.forward import export, sparsify
+from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.health import Health, NonFinite, check, health
+from topkast_jax.layouts.packed import Index
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
-from topkast_jax.optimizer import Sparse, plan, sparse
+from topkast_jax.optimizer import sparse
+from topkast_jax.packed import Store, due, refresh, start
 from topkast_jax.plan import Plan
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import state_shardings
 from topkast_jax.structure import Structure, blocks, fan_in, n_of_m, unstructured
+from topkast_jax.transformation import Sparse, plan
 
 __version__ = "0.1.0"
 
@@ -23,6 +26,7 @@ __all__ = [
     "Counts",
     "DropInState",
     "Health",
+    "Index",
     "Leaf",
     "LeafMasks",
     "Masks",
@@ -31,6 +35,7 @@ __all__ = [
     "Plan",
     "Sparse",
     "SparseState",
+    "Store",
     "Structure",
     "at",
     "axes",
@@ -41,6 +46,7 @@ __all__ = [
     "cubic",
     "dense_masks",
     "drop_in",
+    "due",
     "erdos_renyi",
     "erk",
     "every",
@@ -54,10 +60,12 @@ __all__ = [
     "n_of_m",
     "plan",
     "random_k",
+    "refresh",
     "rigl",
     "set_",
     "sparse",
     "sparsify",
+    "start",
     "state_shardings",
     "static",
     "top_k",

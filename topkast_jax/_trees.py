@@ -239,6 +239,15 @@ def find_states(state: PyTree) -> list[SparseState]:
     return [node for node in nodes if isinstance(node, SparseState)]
 
 
+def replace_state(opt_state: PyTree, new: SparseState) -> PyTree:
+    """An optimizer state with its only SparseState replaced."""
+    return jax.tree.map(
+        lambda node: new if isinstance(node, SparseState) else node,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, SparseState),
+    )
+
+
 def masks(opt_state: PyTree) -> Masks:
     """Masks of every `tk.sparse` inside an optimizer state, as one tree.
 
@@ -265,34 +274,6 @@ def masks(opt_state: PyTree) -> Masks:
     for state in states[1:]:
         merged = Masks(*map(_merge, merged, state.sparse_masks))
     return Masks(*map(_unmask, merged))
-
-
-def dense_masks(opt_state: PyTree) -> Masks:
-    """Masks of every `tk.sparse` inside an optimizer state, bool arrays in any layout.
-
-    Args:
-      opt_state: state of a transformation that contains `tk.sparse`, however deep.
-    Returns:
-      `Masks` of bool arrays, each of its parameter's shape; P too, all False where the
-      method never probes. None where a parameter is dense.
-    Raises:
-      ValueError: as `tk.masks`.
-    Example:
-      >>> import topkast_jax as tk
-      >>> tx = tk.sparse(optax.sgd(0.1), tk.rigl(0.75))
-      >>> state = tx.init({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
-      >>> jax.tree.map(jnp.shape, dense_masks(state).probe)
-      {'bias': None, 'kernel': (4, 4)}
-    """
-    forward, backward, probe = masks(opt_state)
-
-    def everywhere(mask: Any, seen: Any) -> Any:
-        if mask is None:
-            return None
-        return jnp.broadcast_to(False if seen is None else seen, mask.shape)
-
-    probe = jax.tree.map(everywhere, forward, probe, is_leaf=lambda x: x is None)
-    return Masks(forward, backward, probe)
 
 
 def _is_hole(node: PyTree) -> bool:

@@ -64,7 +64,8 @@ class Masks(NamedTuple):
 
     A leaf is None where the parameter is dense. In the masked layout `forward` (A) and
     `backward` (B) hold bool arrays; `probe` (P) holds a scalar bool for "everything", a
-    mask for a subset, and None where the method never probes.
+    mask for a subset, and None where the method never probes. In the packed layout
+    `forward` holds an `Index`, which lists B with A first, and the others None.
     """
 
     forward: PyTree
@@ -73,24 +74,23 @@ class Masks(NamedTuple):
 
 
 @runtime_checkable
-class Leaf(Protocol):
-    """One sparse parameter as a method sees it, whatever its layout stores.
+class View(Protocol):
+    """One sparse parameter as it is read at every step, whatever its layout stores.
 
     The arrays run over the entries that the layout holds: all of them in the masked
-    layout, those of B in the packed one. `grad` is zero outside B and P. A method reads
-    the arrays elementwise, and makes sets with the verbs, so that the same method runs
-    in every layout. The verbs count units of the method's structure; `size` is how many
-    compete in one selection, `counts` how many of them A and B keep.
+    layout, those of B in a packed one. `grad` is zero outside B and P. A method reads
+    them elementwise. `size` is how many units compete in one selection, `counts` how
+    many of them A and B keep.
     """
 
     @property
-    def value(self) -> Array: ...
+    def value(self) -> Any: ...
     @property
-    def forward(self) -> Array: ...
+    def forward(self) -> Any: ...
     @property
-    def backward(self) -> Array: ...
+    def backward(self) -> Any: ...
     @property
-    def grad(self) -> Array: ...
+    def grad(self) -> Any: ...
     @property
     def counts(self) -> Counts: ...
     @property
@@ -106,8 +106,17 @@ class Leaf(Protocol):
     @property
     def key(self) -> jax.Array: ...
 
-    def top(self, scores: Array, k: Any, among: Array | None = None) -> Entries:
-        """The `k` entries of largest score, among those marked; ties by position."""
+
+@runtime_checkable
+class Leaf(View, Protocol):
+    """A view that can also make sets: what a method sees when masks are chosen.
+
+    Sets are made with the verbs only, which count units of the method's structure, so
+    that the same method runs in every layout.
+    """
+
+    def top(self, scores: Any, k: Any, among: Any = None) -> Entries:
+        """The `k` units of largest score, among those marked; ties by position."""
         ...
 
     def grow(self, score: "Score", k: Any, outside: Entries) -> Entries:
@@ -115,7 +124,7 @@ class Leaf(Protocol):
         ...
 
     def draw(self, k: Any, outside: Entries | None = None) -> Entries:
-        """`k` random positions of the whole leaf, outside a set."""
+        """`k` random units of the whole leaf, outside a set."""
         ...
 
     def portion(self, share: Any, k: int) -> Any:
@@ -135,7 +144,7 @@ class Leaf(Protocol):
         ...
 
 
-Score: TypeAlias = Callable[[Leaf, Memory], Array]
+Score: TypeAlias = Callable[[View, Memory], Any]
 CountRule: TypeAlias = Callable[
     [Mapping[str, tuple[int, ...]], Mapping[str, int]], dict[str, Counts]
 ]
@@ -171,8 +180,8 @@ class Method(NamedTuple):
     structure: Any
     probe: bool = False
     observe: Callable[[Array, Memory], Memory] | None = None
-    penalty: Callable[[Leaf], Array] | None = None
-    adjust: Callable[[Array, Leaf, Memory], Array] | None = None
+    penalty: Callable[[View], Array] | None = None
+    adjust: Callable[[Array, View, Memory], Array] | None = None
     needs_learning_rate: bool = False
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped, UInt
 
 from topkast_jax._types import Axes
@@ -124,3 +125,48 @@ def random_order(
     constants: Any = jax.vmap(_constants)(keys)
     multiplier, addend = map(spread, constants)
     return _scramble((multiplier, addend), linear_index(shape, within), bits_for(size))
+
+
+def _host_constants(key: jax.Array, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `random_order` for slices 0 ... rows - 1, [rows, 1, rounds] each."""
+    slices = jnp.arange(rows)
+    keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(slices)
+    multiplier, addend = jax.vmap(_constants)(keys)
+    return np.asarray(multiplier)[:, None], np.asarray(addend)[:, None]
+
+
+def ranks_on_host(key: jax.Array, places: np.ndarray, size: int) -> np.ndarray:
+    """`random_order` at some positions only, in NumPy.
+
+    Args:
+      key: as for `random_order`.
+      places: [slices, n] positions within each slice.
+      size: of a slice.
+    Returns:
+      uint32 [slices, n].
+    """
+    multiplier, addend = _host_constants(key, len(places))
+    bits = bits_for(size)
+    x = places.astype(np.uint32)
+    for r in range(_ROUNDS):
+        x = (x * multiplier[..., r] + addend[..., r]) & np.uint32(2**bits - 1)
+        x ^= x >> np.uint32((bits + 1) // 2)
+    return x
+
+
+def positions_on_host(key: jax.Array, rows: int, ranks: int, size: int) -> np.ndarray:
+    """Positions of the first `ranks` ranks of `random_order`, in NumPy.
+
+    Returns:
+      int64 [rows, ranks]; `>= size` means there is none.
+    """
+    multiplier, addend = _host_constants(key, rows)
+    inverse = multiplier.copy()
+    for _ in range(5):
+        inverse = inverse * (np.uint32(2) - multiplier * inverse)
+    bits = bits_for(size)
+    x = np.broadcast_to(np.arange(ranks, dtype=np.uint32), (rows, ranks)).copy()
+    for r in reversed(range(_ROUNDS)):
+        x ^= x >> np.uint32((bits + 1) // 2)
+        x = ((x - addend[..., r]) * inverse[..., r]) & np.uint32(2**bits - 1)
+    return x.astype(np.int64)

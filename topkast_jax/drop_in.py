@@ -9,7 +9,7 @@ import optax
 from topkast_jax import _trees
 from topkast_jax._types import PyTree, SparseState
 from topkast_jax.forward import apply_masks
-from topkast_jax.optimizer import Sparse
+from topkast_jax.transformation import Sparse
 
 
 class DropInState(NamedTuple):
@@ -50,6 +50,12 @@ def drop_in(tx: Sparse) -> Sparse:
       >>> optax.apply_updates(alpha, updates)["kernel"].round(1).tolist()
       [[0.0, 0.0], [2.9000000953674316, -4.099999904632568]]
     """
+
+    if tx.recipe.layout != "masked":
+        raise ValueError(
+            'tk.drop_in needs layout="masked": a trainer that cannot be edited trains '
+            "dense arrays"
+        )
 
     def init_fn(params: PyTree) -> DropInState:
         wrapped = cast(SparseState, tx.init(params))
@@ -101,7 +107,7 @@ def drop_in(tx: Sparse) -> Sparse:
         )
         return delta, DropInState(theta, wrapped)
 
-    return Sparse(init_fn, update_fn, tx.method, tx.inner, tx.axes)
+    return Sparse(init_fn, update_fn, tx.recipe)
 
 
 def _select(masks: PyTree, first: PyTree, second: PyTree) -> PyTree:

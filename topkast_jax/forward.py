@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from topkast_jax import _trees
 from topkast_jax._types import Masks, PyTree
+from topkast_jax.layouts.packed import Index, expand, scatter
 
 
 @jax.custom_jvp
@@ -55,10 +57,12 @@ def sparsify(theta: PyTree, masks: Masks) -> PyTree:
     def leaf(forward: Any, backward: Any, probe: Any, value: Any) -> Any:
         if forward is None:
             return value
+        if isinstance(forward, Index):
+            return expand(value, forward)
         seen = backward if probe is None else backward | probe
         return _on_forward_set(value, forward, seen)
 
-    return jax.tree.map(leaf, *masks, theta, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, *masks, theta, is_leaf=_is_leaf)
 
 
 def export(params: PyTree, opt_state: optax.OptState) -> PyTree:
@@ -83,9 +87,54 @@ def export(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
 def apply_masks(params: PyTree, forward: PyTree) -> PyTree:
     """`params` on a tree of masks, exact zeros elsewhere; None leaves a leaf as it is."""
-    return jax.tree.map(
-        lambda m, p: p if m is None else jnp.where(m, p, jnp.zeros_like(p)),
-        forward,
-        params,
-        is_leaf=lambda x: x is None,
-    )
+
+    def leaf(mask: Any, param: Any) -> Any:
+        if mask is None:
+            return param
+        if isinstance(mask, Index):
+            return expand(param, mask)
+        return jnp.where(mask, param, jnp.zeros_like(param))
+
+    return jax.tree.map(leaf, forward, params, is_leaf=_is_leaf)
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is None or isinstance(node, Index)
+
+
+def dense_masks(opt_state: PyTree) -> Masks:
+    """Masks of every `tk.sparse` inside an optimizer state, bool arrays in any layout.
+
+    Args:
+      opt_state: state of a transformation that contains `tk.sparse`, however deep.
+    Returns:
+      `Masks` of bool arrays, each of its parameter's shape; P too, all False where the
+      method never probes. None where a parameter is dense.
+    Raises:
+      ValueError: as `tk.masks`.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.rigl(0.75))
+      >>> state = tx.init({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
+      >>> jax.tree.map(jnp.shape, dense_masks(state).probe)
+      {'bias': None, 'kernel': (4, 4)}
+    """
+    found = _trees.masks(opt_state)
+
+    def marks(index: Index, some: Array) -> Array:
+        return scatter(jnp.broadcast_to(some, index.stored), index)
+
+    def forward(mask: Any) -> Any:
+        return marks(mask, mask.in_forward) if isinstance(mask, Index) else mask
+
+    def backward(first: Any, second: Any) -> Any:
+        return marks(first, jnp.array(True)) if isinstance(first, Index) else second
+
+    def everywhere(mask: Any, seen: Any) -> Any:
+        if mask is None:
+            return None
+        return jnp.broadcast_to(False if seen is None else seen, mask.shape)
+
+    a = jax.tree.map(forward, found.forward, is_leaf=_is_leaf)
+    b = jax.tree.map(backward, found.forward, found.backward, is_leaf=_is_leaf)
+    return Masks(a, b, jax.tree.map(everywhere, a, found.probe, is_leaf=_is_leaf))

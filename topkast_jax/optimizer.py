@@ -1,15 +1,12 @@
 """The optax transformation: one update of an always-sparse network, on one screen."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array
 
-from topkast_jax import _trees
+from topkast_jax import _trees, faults, packed
 from topkast_jax import plan as plan_lib
 from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import (
@@ -22,37 +19,17 @@ from topkast_jax._types import (
     SparseState,
 )
 from topkast_jax.layouts.masked import MaskedLeaf
-from topkast_jax.plan import Plan, Site
+from topkast_jax.plan import Site
+from topkast_jax.transformation import Layout, Recipe, Reset, Sparse
 
-Reset = Literal["init", "keep"]
-LAYOUTS = ("masked",)
-
-
-class Sparse(optax.GradientTransformationExtraArgs):
-    """A gradient transformation that remembers what it was made of, for `tk.plan`."""
-
-    method: Method
-    inner: optax.GradientTransformationExtraArgs
-    axes: AxesRules
-
-    def __new__(
-        cls,
-        init: Callable[..., Any],
-        update: Callable[..., Any],
-        method: Method,
-        inner: optax.GradientTransformationExtraArgs,
-        axes: AxesRules,
-    ) -> "Sparse":
-        self = super().__new__(cls, init, update)
-        self.method, self.inner, self.axes = method, inner, axes
-        return self
+LAYOUTS = get_args(Layout)
 
 
 def sparse(
     inner: optax.GradientTransformation,
     method: Method,
     *,
-    layout: str = "masked",
+    layout: Layout = "masked",
     seed: int | Array = 0,
     axes: AxesRules | None = None,
     reset: Reset = "init",
@@ -71,7 +48,8 @@ def sparse(
     Args:
       inner: any optax optimizer.
       method: `tk.top_kast(...)`, `tk.rigl(...)`, ...
-      layout: how sparse parameters are stored; "masked": dense arrays under bool masks.
+      layout: how sparse parameters are stored. "masked": dense arrays under bool masks.
+        "packed": the entries of B alone; see `tk.start`.
       seed: of every random draw; together with step and path it fixes the masks.
       axes: `tk.axes({...})`, what the axes of parameters mean; needed for stacked ones.
       reset: what moments of entries that enter or leave B become, "init" or "keep".
@@ -101,8 +79,16 @@ def sparse(
             f"{method.name}: a decoupled penalty is scaled by the learning rate; pass "
             "tk.sparse(..., learning_rate=...), the one that the inner optimizer has"
         )
+    if layout != "masked" and reset == "keep":
+        raise ValueError(
+            f'reset="keep" needs layout="masked": in layout={layout!r} an entry outside '
+            "B has no moments that could be kept"
+        )
     inner = optax.with_extra_args_support(inner)
     rules = AxesRules({}) if axes is None else axes
+    recipe = Recipe(inner, method, layout, seed, rules, reset, learning_rate)
+    if layout == "packed":
+        return packed.transformation(recipe)
 
     def init_fn(params: PyTree) -> SparseState:
         flat, treedef = _trees.parameters(params)
@@ -159,11 +145,17 @@ def sparse(
         sets = {s.index: LeafMasks(forward_[s.index], backward[s.index]) for s in found}
         memory = {s.index: memory_[s.index] for s in found}
         step = state.sparse_step
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
 
         def view(site: Site, value: Array, at: Any) -> MaskedLeaf:
             i = site.index
-            args = (sets[i], grads[i], state.sparse_seed, at, memory[i], rate)
+            args = (
+                sets[i],
+                grads[i],
+                state.sparse_seed,
+                at,
+                memory[i],
+                recipe.rate(step),
+            )
             return _view(site, value, *args)
 
         def off_mask(i: int, dtype: Any) -> Array:
@@ -226,12 +218,14 @@ def sparse(
         def refreshed_if_finite(operand: _Moving) -> _Moving:
             moved = ahead or _add(theta, operand.u)
             finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
-            return _cond(jnp.stack(finite).all(), refreshed, lambda same: same, operand)
+            return faults.cond(
+                jnp.stack(finite).all(), refreshed, lambda same: same, operand
+            )
 
-        bad, leaked = _faults(raw, unseen)
+        bad, leaked = faults.faults(raw, unseen)
         after = _Moving(sets, memory, u, inner_state)
         if method.due is not None:
-            after = _cond(
+            after = faults.cond(
                 due(step + 1) & ~bad.any(), refreshed_if_finite, lambda x: x, after
             )
         return treedef.unflatten(after.u), SparseState(
@@ -241,11 +235,11 @@ def sparse(
             sparse_memory=_scatter(treedef, after.memory),
             sparse_reservoir=state.sparse_reservoir,
             leaks=state.leaks + leaked.astype(jnp.int32),
-            **_first_nonfinite(state, flat, raw, bad),
+            **faults.first_nonfinite(state, flat, raw, bad),
             sparse_inner=after.inner,
         )
 
-    return Sparse(init_fn, update_fn, method, inner, rules)
+    return Sparse(init_fn, update_fn, recipe)
 
 
 class _Moving(NamedTuple):
@@ -255,35 +249,6 @@ class _Moving(NamedTuple):
     memory: dict[int, Any]
     u: list[Array]
     inner: optax.OptState
-
-
-def plan(tx: optax.GradientTransformation, params: PyTree) -> Plan:
-    """Table of what is sparse, how it is read, and how much is kept, before training.
-
-    Args:
-      tx: what `tk.sparse` or `tk.drop_in` returned (not yet enclosed by another
-        transformation).
-      params: the parameters, or their shapes.
-    Returns:
-      `Plan`; `print` it.
-    Raises:
-      ValueError: as `tx.init`, or `tx` was not made by `tk.sparse`.
-    Example:
-      >>> import topkast_jax as tk
-      >>> tx = sparse(optax.adam(0.1), tk.top_kast(0.9, 0.8))
-      >>> print(plan(tx, {"kernel": jnp.ones((20, 10)), "bias": jnp.ones(10)}))
-      parameter         shape  axes   k_A  k_B  sparsity A       B  slots
-      bias              10     dense   10
-      kernel            20x10  i o     20   40      0.9000  0.8000      2
-      sparse, top_kast  200            20   40      0.9000  0.8000
-      all               210            30   50      0.8571  0.7619
-    """
-    if not isinstance(tx, Sparse):
-        raise ValueError(
-            "tk.plan reads the transformation that tk.sparse returned; pass that one, "
-            f"before it is chained or wrapped, not a {type(tx).__name__}"
-        )
-    return plan_lib.make(tx.method, tx.inner, tx.axes, params)
 
 
 def _view(
@@ -308,15 +273,6 @@ def _view(
         memory=memory,
         learning_rate=learning_rate,
     )
-
-
-def _cond(
-    condition: Array, yes: Callable[[Any], Any], no: Callable[[Any], Any], operand: Any
-) -> Any:
-    """lax.cond, but a plain branch outside of jit: there it would compile every time."""
-    if isinstance(condition, jax.core.Tracer):
-        return lax.cond(condition, yes, no, operand)
-    return yes(operand) if condition else no(operand)
 
 
 def _on(mask: Array, x: Array) -> Array:
@@ -356,45 +312,3 @@ def _reset(
             for old, new, owner in zip(leaves, news, owners, strict=True)
         ]
     )
-
-
-def _faults(grads: list[Array], unseen: dict[int, Array]) -> tuple[Array, Array]:
-    """Which gradients are not finite, bool [leaves], and whether any leaked.
-
-    One pass finds whether there is a fault; which one is asked only where there is.
-    """
-    odd = [
-        jnp.any(~jnp.isfinite(g) | unseen[i] if i in unseen else ~jnp.isfinite(g))
-        for i, g in enumerate(grads)
-    ]
-
-    def look(_: None) -> tuple[Array, Array]:
-        bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in grads])
-        return bad, jnp.stack([jnp.any(x) for x in unseen.values()]).any()
-
-    def sound(_: None) -> tuple[Array, Array]:
-        return jnp.zeros(len(grads), bool), jnp.zeros((), bool)
-
-    return _cond(jnp.stack(odd).any(), look, sound, None)
-
-
-def _first_nonfinite(
-    state: SparseState, params: list[Parameter], grads: list[Array], bad: Array
-) -> dict[str, Array]:
-    """Fields of the state about the first NaN or Inf in a gradient."""
-    first = bad.any() & (state.nonfinite_step < 0)
-    names = jnp.array([_trees.path_id(p.path) for p in params], jnp.uint32)
-
-    def count() -> Array:
-        each = [jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in grads]
-        return jnp.stack(each)[jnp.argmax(bad)]
-
-    return {
-        "nonfinite_step": jnp.where(first, state.sparse_step, state.nonfinite_step),
-        "nonfinite_leaf": jnp.where(
-            first, names[jnp.argmax(bad)], state.nonfinite_leaf
-        ),
-        "nonfinite_count": _cond(
-            first, lambda _: count(), lambda x: x, state.nonfinite_count
-        ),
-    }

@@ -1,30 +1,29 @@
-"""What an entry is worth: `(leaf, memory) -> scores`, elementwise, any layout."""
+"""What an entry is worth: `(leaf, memory) -> scores`, elementwise, NumPy or JAX."""
 
-import jax.numpy as jnp
-from jaxtyping import Array
+from typing import Any
 
-from topkast_jax._types import Leaf, Memory
+from topkast_jax._types import Memory, View
 
 
-def magnitude(leaf: Leaf, memory: Memory = ()) -> Array:
+def magnitude(leaf: View, memory: Memory = ()) -> Any:
     """abs(theta)."""
     del memory
-    return jnp.abs(leaf.value)
+    return abs(leaf.value)
 
 
-def gradient(leaf: Leaf, memory: Memory = ()) -> Array:
+def gradient(leaf: View, memory: Memory = ()) -> Any:
     """abs(dL/dtheta); zero where the gradient is not seen."""
     del memory
-    return jnp.abs(leaf.grad)
+    return abs(leaf.grad)
 
 
-def saliency(leaf: Leaf, memory: Memory = ()) -> Array:
+def saliency(leaf: View, memory: Memory = ()) -> Any:
     """abs(theta * dL/dtheta), the first-order change of the loss at removal."""
     del memory
-    return jnp.abs(leaf.value * leaf.grad)
+    return abs(leaf.value * leaf.grad)
 
 
-def momentum(leaf: Leaf, memory: Memory) -> Array:
+def momentum(leaf: View, memory: Memory) -> Any:
     """abs of a running mean of gradients that the method keeps as its memory."""
     del leaf
-    return jnp.abs(memory)
+    return abs(memory)

@@ -7,9 +7,11 @@ M neighbours (N:M). The score of a unit is the sum of the scores of its entries.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
 from topkast_jax._types import Axes, Counts
@@ -166,38 +168,137 @@ class Grid:
 
         return Counts(*map(nearest, counts))
 
-    def blocks(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Entries by unit: [*units, entries of a unit]."""
-        order = (self.axes.stack, self.axes.window, self.axes.inputs, self.axes.outputs)
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack axes."""
+        return tuple(self.shape[a] for a in self.axes.stack)
+
+    @property
+    def count(self) -> int:
+        """Units in one slice."""
+        return math.prod(self.units[1:])
+
+    @property
+    def unit(self) -> tuple[int, ...]:
+        """Shape of one unit as it is stored; () for a single entry."""
+        return () if self.entries == 1 else self.structure.block
+
+    @property
+    def stored_array(self) -> tuple[tuple[int, ...], Axes]:
+        """`array` and `roles` of what `to_units` numbers: stack axes first."""
+        if not self.plain:
+            return self.units, self.roles
+        order, roles = self._order, self.roles
+        moved = (tuple(order.index(a) for a in group) for group in roles)
+        return tuple(self.shape[a] for a in order), Axes(*moved)
+
+    def inner(self, stacked: int) -> "Grid":
+        """The units of one slice of the first `stacked` stack axes."""
+        gone = self.axes.stack[:stacked]
+        left = [a for a in range(len(self.shape)) if a not in gone]
+        roles = (tuple(left.index(a) for a in g if a in left) for g in self.axes)
+        return Grid(tuple(self.shape[a] for a in left), Axes(*roles), self.structure)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Axes in the order in which entries are stored."""
+        a = self.axes
+        if self.plain:
+            return (*a.stack, *a.within)
+        return (*a.stack, *a.window, *a.inputs, *a.outputs)
+
+    def to_units(self, x: Any) -> Any:
+        """The entries by unit, [slices, units, *unit]; of a NumPy or JAX array.
+
+        Units are numbered in C order over `array`, slice by slice.
+        """
         slices, inputs, outputs = self.whole
+        x = x.transpose(self._order)
+        if self.plain:
+            return x.reshape(slices, self.count)
         high, wide = self.structure.block
-        x = x.transpose(sum(order, ()))
         x = x.reshape(slices, inputs // high, high, outputs // wide, wide)
-        return x.transpose(0, 1, 3, 2, 4).reshape(*self.units, high * wide)
+        return x.transpose(0, 1, 3, 2, 4).reshape(slices, self.count, *self.unit)
+
+    def from_units(self, x: Any) -> Any:
+        """Inverse of `to_units`: an array in the shape of the parameter."""
+        slices, inputs, outputs = self.whole
+        if not self.plain:
+            high, wide = self.structure.block
+            x = x.reshape(slices, inputs // high, outputs // wide, high, wide)
+            x = x.transpose(0, 1, 3, 2, 4)
+        x = x.reshape([self.shape[a] for a in self._order])
+        return x.transpose([self._order.index(a) for a in range(len(self.shape))])
 
     def scores(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Scores of units: sums over their entries."""
-        return scores if self.plain else jnp.sum(self.blocks(scores), axis=-1)
+        """Scores of units, in the shape of `array`: sums over their entries."""
+        if self.plain:
+            return scores
+        return total(self.to_units(scores), len(self.unit)).reshape(self.units)
 
     def of_entries(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
         """Mask of units, from a mask of entries that is made of whole units."""
-        return mask if self.plain else self.blocks(mask)[..., 0]
+        if self.plain:
+            return mask
+        units = self.to_units(mask)
+        return units[(..., *(0 for _ in self.unit))].reshape(self.units)
 
     def spread(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
         """Mask of entries, in the shape of the parameter, from a mask of units."""
         if self.plain:
             return mask
-        slices, inputs, outputs = self.whole
-        high, wide = self.structure.block
-        mask = mask.reshape(slices, inputs // high, 1, outputs // wide, 1)
-        mask = jnp.broadcast_to(
-            mask, (slices, inputs // high, high, outputs // wide, wide)
-        )
-        order = sum(
-            (self.axes.stack, self.axes.window, self.axes.inputs, self.axes.outputs), ()
-        )
-        mask = mask.reshape([self.shape[a] for a in order])
-        return mask.transpose([order.index(a) for a in range(len(order))])
+        slices = self.whole[0]
+        mask = mask.reshape(slices, self.count, *(1 for _ in self.unit))
+        return self.from_units(jnp.broadcast_to(mask, (slices, self.count, *self.unit)))
+
+
+def total(x: Any, axes: int) -> Any:
+    """Sum over the last `axes` axes, the same to the last bit on any backend.
+
+    By additions of halves: a library's own reduction adds in an order of its own on
+    every backend, so that two layouts would choose different units.
+    """
+    if x.dtype.itemsize < 4:  # sums of small floats are rounded as a compiler likes
+        x = x.astype(np.float32)
+    shape = x.shape[: x.ndim - axes]
+    x = x.reshape(*shape, math.prod(x.shape[x.ndim - axes :]))
+    while x.shape[-1] > 1:
+        half, odd = divmod(x.shape[-1], 2)
+        last = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        if odd:
+            where: Any = np if isinstance(x, np.ndarray) else jnp
+            x = where.concatenate([x[..., :-1], x[..., -1:] + last], axis=-1)
+    return x.reshape(shape)
+
+
+_PORTION = 2**32 - 1
+"""Folded into a leaf's key for `portion`; no slice has this number."""
+
+
+def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
+    """`share * k` as a number of units of a selection.
+
+    Rounded. Where a slice has several selections, each is rounded up or down at random,
+    so that the total comes out: 0.3 of 1 would be 0 in each of them.
+
+    Args:
+      share: in [0, 1], a number or a traced scalar.
+      k: units that a selection keeps.
+      grid: the units.
+      key: of the leaf at this step.
+    Returns:
+      An int, a scalar, or an array with one number for each selection, in the shape of
+      `grid.array` with 1 for the axes within.
+    """
+    if grid.selections == 1:
+        if not isinstance(share, Array):
+            return round(share * k)
+        return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
+    within = grid.roles.within
+    shape = [1 if a in within else n for a, n in enumerate(grid.array)]
+    noise = jax.random.uniform(jax.random.fold_in(key, jnp.uint32(_PORTION)), shape)
+    return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
 
 
 def grid(structure: Structure, path: str, shape: tuple[int, ...], axes: Axes) -> Grid:

@@ -8,10 +8,7 @@ from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
 from topkast_jax.select import random_k, top_k
-from topkast_jax.structure import Grid
-
-_PORTION = jnp.uint32(2**32 - 1)
-"""Folded into a leaf's key for `portion`; no slice has this number."""
+from topkast_jax.structure import Grid, portion
 
 
 class MaskedLeaf(NamedTuple):
@@ -70,19 +67,8 @@ class MaskedLeaf(NamedTuple):
         return grid.spread(random_k(self.key, k, allowed.shape, grid.roles, allowed))
 
     def portion(self, share: Any, k: int) -> Any:
-        """`share * k` as a number of units of a selection.
-
-        Rounded. Where a slice has several selections, each is rounded up or down at
-        random, so that the total comes out: 0.3 of 1 would be 0 in each of them.
-        """
-        if self.grid.selections == 1:
-            if not isinstance(share, Array):
-                return round(share * k)
-            return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
-        within = self.grid.roles.within
-        shape = [1 if a in within else n for a, n in enumerate(self.grid.array)]
-        noise = jax.random.uniform(jax.random.fold_in(self.key, _PORTION), shape)
-        return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
+        """`share * k` as a number of units of a selection; see `structure.portion`."""
+        return portion(share, k, self.grid, self.key)
 
     def union(self, first: Array, second: Array) -> Array:
         """Union of two sets."""

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from topkast_jax import distribution as distribution_lib
 from topkast_jax._trees import Where, kernels
-from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method
+from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, View
 from topkast_jax.distribution import Copies, Distribution, Shapes
 from topkast_jax.schedule import every
 from topkast_jax.score import magnitude
@@ -130,13 +130,13 @@ def top_kast(
     ) -> tuple[LeafMasks, Memory]:
         return select(leaf, False if stop is None else step == stop), memory
 
-    def penalty_gradient(leaf: Leaf) -> Array:
+    def penalty_gradient(leaf: View) -> Array:
         density = leaf.counts.forward / leaf.size
         theta = leaf.value if penalty_norm == "l2" else jnp.sign(leaf.value)
         on_forward = penalty * theta
         return jnp.where(leaf.forward, on_forward, on_forward / density)
 
-    def decay(update: Array, leaf: Leaf, memory: Memory) -> Array:
+    def decay(update: Array, leaf: View, memory: Memory) -> Array:
         del memory
         assert leaf.learning_rate is not None  # needs_learning_rate, below
         return update - leaf.learning_rate * penalty_gradient(leaf)

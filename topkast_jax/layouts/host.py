@@ -1,0 +1,245 @@
+"""A leaf on the host: sets as lists of positions, chosen in NumPy.
+
+Serves both kinds of method in the packed layouts. With a reservoir the entries are all
+of theta, which lives in host memory; without one they are those of A alone, and nothing
+here is larger than a small multiple of k.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from topkast_jax import draw
+from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Score
+from topkast_jax.structure import Grid, portion, total
+
+Set = Int[np.ndarray, " k"]
+"""A set of units: sorted int64, selection * size + position within the selection."""
+
+_FEW = 64
+"""Up to so many selections are worth a pass of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostLeaf:
+    """A `Leaf` in NumPy: [selections, entries of each, *unit].
+
+    Attributes:
+      places: [selections, m], position of each entry within its selection, ascending;
+        None where the entries are all units, in order.
+      value: [selections, m, *unit].
+      grad: as `value`; the gradient of the last step, where the method probes.
+      forward, backward: bool [selections, m].
+      candidates: units outside A whose gradient was seen, (places, gradients), both
+        [selections, c] and that with the unit behind; None without a probe.
+    """
+
+    grid: Grid
+    counts: Counts
+    path: str
+    key: jax.Array
+    places: np.ndarray | None
+    value: np.ndarray
+    grad: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    candidates: tuple[np.ndarray, np.ndarray] | None = None
+    memory: Memory = ()
+    learning_rate: Any = None
+
+    @property
+    def size(self) -> int:
+        """Units that compete in one selection."""
+        return self.grid.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.grid.shape
+
+    @property
+    def axes(self) -> Axes:
+        return self.grid.axes
+
+    def top(self, scores: Any, k: Any, among: Any = None) -> Set:
+        """The `k` units of largest score, among those marked; ties by position."""
+        units = total(np.asarray(scores), len(self.grid.unit))
+        if among is not None:
+            units = np.where(np.asarray(among), units, -np.inf)
+        chosen = _top_rows(units, _per_row(k, len(units)))
+        return self._set(chosen, self.places)
+
+    def grow(self, score: Score, k: Any, outside: Set) -> Set:
+        """The `k` candidates of largest score outside a set; ties in random order."""
+        if self.candidates is None or self.places is None:
+            raise ValueError(
+                f"{self.path!r}: growth by gradient needs the gradients of absent "
+                "entries: pass found=tk.probe(...) to tk.refresh"
+            )
+        seen, gradients = self.candidates
+        places = np.concatenate([self.places, seen], axis=1)
+        grads = np.concatenate([self.grad, gradients], axis=1)
+        values = np.concatenate([self.value, np.zeros_like(gradients)], axis=1)
+        wider = dataclasses.replace(self, value=values, grad=grads, places=places)
+        units = total(np.asarray(score(wider, self.memory)), len(self.grid.unit))
+        taken = _contains(outside, self._keys(places))
+        units = np.where(taken, -np.inf, units)
+        ranks = draw.ranks_on_host(self.key, places, self.size)
+        chosen = _top_rows(units, _per_row(k, len(units)), ranks)
+        return self._set(chosen, places)
+
+    def draw(self, k: Any, outside: Set | None = None) -> Set:
+        """`k` random units of each selection, outside a set."""
+        rows = self.grid.count * self.grid.whole[0] // self.size
+        wanted = _per_row(k, rows)
+        taken = np.zeros(0, np.int64) if outside is None else outside
+        most = np.bincount(taken // self.size, minlength=rows).max(initial=0)
+        bits = draw.bits_for(self.size)
+        needed = int(wanted.max(initial=0) + most)
+        ranks = math.ceil(1.1 * needed * 2**bits / self.size) + 16
+        while True:
+            ranks = min(ranks, 2**bits)
+            places = draw.positions_on_host(self.key, rows, ranks, self.size)
+            keys = self._keys(places)
+            free = (places < self.size) & ~_contains(taken, keys)
+            order = np.cumsum(free, axis=1)
+            if ranks == 2**bits or (order[:, -1] >= wanted).all():
+                return np.sort(keys[free & (order <= wanted[:, None])])
+            ranks *= 2
+
+    def union(self, first: Set, second: Set) -> Set:
+        """Union of two sets."""
+        return np.union1d(first, second)
+
+    def where(self, condition: Any, first: Set, second: Set) -> Set:
+        """One of two sets."""
+        return first if condition else second
+
+    def portion(self, share: Any, k: int) -> Any:
+        """`share * k` as a number of units of a selection; see the masked layout."""
+        found = portion(share, k, self.grid, self.key)
+        return found if isinstance(found, int) else np.asarray(found).reshape(-1)
+
+    def masks(self, forward: Set, backward: Set) -> LeafMasks:
+        """A and B, as `numbered` reads them."""
+        return LeafMasks(forward, backward)
+
+    def _keys(self, places: np.ndarray) -> np.ndarray:
+        return places + self.size * np.arange(len(places), dtype=np.int64)[:, None]
+
+    def _set(self, chosen: np.ndarray, places: np.ndarray | None) -> Set:
+        """From marks on entries; sorted even where the places are not."""
+        if places is None:
+            return np.flatnonzero(chosen)
+        return np.sort(self._keys(places)[chosen])
+
+
+def _per_row(k: Any, rows: int) -> np.ndarray:
+    return np.broadcast_to(np.asarray(k, np.int64), (rows,))
+
+
+def _contains(members: Set, keys: np.ndarray) -> np.ndarray:
+    """Which keys are in a sorted set."""
+    if not len(members):
+        return np.zeros(keys.shape, bool)
+    at = np.searchsorted(members, keys)
+    return members[np.minimum(at, len(members) - 1)] == keys
+
+
+def _top_rows(
+    scores: np.ndarray, k: np.ndarray, ranks: np.ndarray | None = None
+) -> np.ndarray:
+    """Marks of the k[r] largest of row r; ties by lowest rank, or by order.
+
+    Scores of -inf are never chosen.
+    """
+    if scores.dtype.itemsize < 4:  # NumPy has no fast order for small floats
+        scores = scores.astype(np.float32)
+    if len(scores) > _FEW:
+        order = np.argsort(-scores, axis=1, kind="stable")
+        if ranks is not None:
+            order = np.lexsort((ranks, -scores), axis=1)
+        chosen = np.zeros(scores.shape, bool)
+        rows = np.arange(scores.shape[1]) < k[:, None]
+        np.put_along_axis(chosen, order, rows, axis=1)
+        return chosen & (scores > -np.inf)
+    chosen = np.zeros(scores.shape, bool)
+    for row, (line, count) in enumerate(zip(scores, k.tolist(), strict=True)):
+        allowed = int(np.count_nonzero(line > -np.inf))
+        count = min(count, allowed)
+        if count == 0:
+            continue
+        cut = np.partition(line, len(line) - count)[len(line) - count]
+        above = line > cut
+        tied = np.flatnonzero(line == cut)
+        if ranks is not None:
+            tied = tied[np.argsort(ranks[row][tied], kind="stable")]
+        chosen[row] = above
+        chosen[row, tied[: count - int(above.sum())]] = True
+    return chosen
+
+
+def numbered(grid: Grid, forward: Set, backward: Set) -> np.ndarray:
+    """int32 [slices, n_B] of `Index`: numbers of units, A first, each part ascending."""
+    rest = backward[~_contains(forward, backward)]
+    parts = []
+    for part in (forward, rest):
+        slices, units = _to_units(grid, part)
+        order = np.lexsort((units, slices))
+        parts.append(units[order].reshape(grid.whole[0], -1))
+    return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+def _to_units(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(slice, unit) of selection keys."""
+    if grid.selections == 1:
+        return keys // grid.count, keys % grid.count
+    array, roles = grid.stored_array
+    selection = np.unravel_index(keys // grid.size, [array[a] for a in roles.stack])
+    position = np.unravel_index(keys % grid.size, [array[a] for a in roles.within])
+    where: dict[int, np.ndarray] = dict(zip(roles.stack, selection, strict=True))
+    where |= dict(zip(roles.within, position, strict=True))
+    flat = np.ravel_multi_index([where[a] for a in range(len(array))], array)
+    return flat // grid.count, flat % grid.count
+
+
+def selection_places(grid: Grid, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a list of units by selection.
+
+    Args:
+      grid: units of the parameter.
+      index: [slices, n] numbers of units, the same number in each selection.
+    Returns:
+      places [selections, m], ascending, and [selections, m], where in the flattened
+      list each of them stands.
+    """
+    slices = np.arange(len(index), dtype=np.int64)[:, None]
+    flat = (slices * grid.count + index).reshape(-1)
+    keys = flat
+    if grid.selections > 1:
+        array, roles = grid.stored_array
+        where = np.unravel_index(flat, array)
+        selection = np.ravel_multi_index(
+            [where[a] for a in roles.stack], [array[a] for a in roles.stack]
+        )
+        position = np.ravel_multi_index(
+            [where[a] for a in roles.within], [array[a] for a in roles.within]
+        )
+        keys = selection * grid.size + position
+    order = np.argsort(keys, kind="stable")
+    rows = grid.whole[0] * grid.selections
+    return keys[order].reshape(rows, -1) % grid.size, order.reshape(rows, -1)
+
+
+def by_selection(grid: Grid, units: np.ndarray) -> np.ndarray:
+    """[slices, units, *unit] of all of theta as [selections, size, *unit]."""
+    if grid.selections == 1:
+        return units
+    array, roles = grid.stored_array
+    inside = tuple(range(len(array), len(array) + len(grid.unit)))
+    units = units.reshape(*array, *grid.unit)
+    units = units.transpose(*roles.stack, *roles.within, *inside)
+    return units.reshape(-1, grid.size, *grid.unit)

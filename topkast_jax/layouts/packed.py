@@ -1,0 +1,134 @@
+"""The packed layout: the units of B alone, those of A first, with their numbers."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from topkast_jax._types import Axes, Counts, Memory, Scalar
+from topkast_jax.structure import Grid
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index"],
+    meta_fields=["grid", "k_forward"],
+)
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Where the units of B of one parameter lie: A and B of a packed layout.
+
+    Attributes:
+      index: int32 [*stack, n_B], numbers of units within their slice (`Grid.to_units`):
+        first those of A, then the rest of B, each part ascending.
+      grid: the units of the whole parameter.
+      k_forward: n_A, how many of each slice belong to A.
+    """
+
+    index: Int[Array, "... n_B"]
+    grid: Grid
+    k_forward: int
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the values: [*stack, n_B, *unit]."""
+        return (*self.index.shape, *self.grid.unit)
+
+    @property
+    def here(self) -> Grid:
+        """Units of what `index` holds: of one slice, inside a scan over the stack."""
+        return self.grid.inner(len(self.grid.stack) - (self.index.ndim - 1))
+
+    @property
+    def in_forward(self) -> Bool[Array, "..."]:
+        """Which units belong to A; broadcasts against the values."""
+        n = self.index.shape[-1]
+        return (jnp.arange(n) < self.k_forward).reshape(n, *(1 for _ in self.grid.unit))
+
+
+def gather(dense: Any, index: Index) -> Any:
+    """Values [*stack, n_B, *unit] of a parameter in its own shape."""
+    grid = index.here
+    units = grid.to_units(dense)
+    flat = index.index.reshape(len(units), -1)
+    found = jax.vmap(lambda u, i: u.at[i].get(mode="promise_in_bounds"))(units, flat)
+    return found.reshape(*index.index.shape, *grid.unit)
+
+
+def scatter(values: Array, index: Index) -> Array:
+    """Inverse of `gather`: the values in their places, zeros elsewhere."""
+    grid = index.here
+    slices, n = grid.whole[0], values.shape[index.index.ndim - 1]
+    flat = index.index[..., :n].reshape(slices, n)
+
+    def one(value: Array, at: Array) -> Array:
+        empty = jnp.zeros((grid.count, *grid.unit), values.dtype)
+        options: Any = dict(unique_indices=True, mode="promise_in_bounds")
+        # As an addition where there are numbers: that can be transposed.
+        if values.dtype == jnp.bool_:
+            return empty.at[at].set(value, **options)
+        return empty.at[at].add(value, **options)
+
+    stored = values.reshape(slices, n, *grid.unit)
+    return grid.from_units(jax.vmap(one)(stored, flat))
+
+
+@jax.custom_jvp
+def expand(values: Array, index: Index) -> Array:
+    """alpha in the shape of the parameter; its gradient reaches all of B."""
+    axis = index.index.ndim - 1
+    forward = jax.lax.slice_in_dim(values, 0, index.k_forward, axis=axis)
+    return scatter(forward, index)
+
+
+@expand.defjvp
+def _expand_jvp(primals: Any, tangents: Any) -> Any:
+    values, index = primals
+    return expand(values, index), scatter(tangents[0], index)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLeaf:
+    """A `View` of the units of B.
+
+    Sets are chosen on the host (`layouts.host`), where positions are lists of any
+    length.
+    """
+
+    value: Array
+    grad: Array
+    index: Index
+    path: str
+    key: jax.Array
+    memory: Memory = ()
+    learning_rate: Scalar | None = None
+
+    @property
+    def forward(self) -> Bool[Array, "..."]:
+        return self.index.in_forward
+
+    @property
+    def backward(self) -> Bool[Array, "..."]:
+        return jnp.ones_like(self.index.in_forward)
+
+    @property
+    def counts(self) -> Counts:
+        """Units of A and B per selection."""
+        each = self.index.grid.selections
+        return Counts(self.index.k_forward // each, self.index.index.shape[-1] // each)
+
+    @property
+    def size(self) -> int:
+        """Units that compete in one selection."""
+        return self.index.grid.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.index.grid.shape
+
+    @property
+    def axes(self) -> Axes:
+        return self.index.grid.axes

@@ -1,0 +1,392 @@
+"""Training with packed arrays: its start, its update, and its refresh on the host.
+
+The device holds B alone, and so does the optimizer. What a method keeps beyond B, its
+reservoir, lives in a `Store` in host memory. Masks change the arrays themselves, so a
+refresh is a function of its own, between two updates.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from topkast_jax import _trees, faults
+from topkast_jax import plan as plan_lib
+from topkast_jax._types import LeafMasks, Masks, PyTree, SparseState
+from topkast_jax.layouts import host
+from topkast_jax.layouts.host import HostLeaf
+from topkast_jax.layouts.packed import Index, PackedLeaf
+from topkast_jax.plan import Site
+from topkast_jax.transformation import Recipe, Sparse, recipe_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """theta of every sparse parameter, in host memory; empty without a reservoir.
+
+    `tk.refresh` writes into the arrays. Between two refreshes the entries of B are out
+    of date: their values are on the device.
+
+    Attributes:
+      theta: by path, [slices, units, *unit].
+    """
+
+    theta: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(x.nbytes for x in self.theta.values())
+
+
+def transformation(recipe: Recipe) -> Sparse:
+    """`tk.sparse` in the packed layout; its state comes from `tk.start`."""
+    method, inner = recipe.method, recipe.inner
+
+    def init_fn(params: PyTree) -> Any:
+        del params
+        raise ValueError(
+            'layout="packed" changes the arrays that are trained: begin with '
+            "theta, opt_state, store = tk.start(tx, params), not with tx.init"
+        )
+
+    def update_fn(
+        updates: PyTree, state: SparseState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, SparseState]:
+        if params is None:
+            raise ValueError("tk.sparse: update needs the parameters")
+        flat, treedef = _trees.parameters(params)
+        raw = treedef.flatten_up_to(updates)
+        indices = treedef.flatten_up_to(state.sparse_masks.forward)
+        memory = treedef.flatten_up_to(state.sparse_memory)
+        step = state.sparse_step
+
+        def leaf(i: int) -> PackedLeaf:
+            path = flat[i].path
+            key = _trees.leaf_key(state.sparse_seed, path, step)
+            rate = recipe.rate(step)
+            theta = jnp.asarray(flat[i].array)
+            return PackedLeaf(theta, raw[i], indices[i], path, key, memory[i], rate)
+
+        sparse = [i for i, index in enumerate(indices) if index is not None]
+        inward = list(raw)
+        for i in sparse:
+            if method.observe is not None:
+                memory[i] = method.observe(raw[i], memory[i])
+            if method.penalty is not None:
+                inward[i] = raw[i] + method.penalty(leaf(i)).astype(raw[i].dtype)
+        outward, inner_state = inner.update(
+            treedef.unflatten(inward), state.sparse_inner, params, **extra
+        )
+        u = treedef.flatten_up_to(outward)
+        for i in sparse:
+            if method.adjust is not None:
+                u[i] = method.adjust(u[i], leaf(i), memory[i])
+        bad, _ = faults.faults(raw, {})
+        return treedef.unflatten(u), state._replace(
+            sparse_step=jnp.asarray(optax.safe_increment(step)),
+            sparse_memory=treedef.unflatten(memory),
+            sparse_inner=inner_state,
+            **faults.first_nonfinite(state, flat, raw, bad),
+        )
+
+    return Sparse(init_fn, update_fn, recipe)
+
+
+def start(
+    tx: optax.GradientTransformation, params: PyTree
+) -> tuple[PyTree, optax.OptState, Store]:
+    """Packs parameters: what is trained, its optimizer state, and the reservoir.
+
+    Args:
+      tx: `tk.sparse(..., layout="packed")`.
+      params: the dense parameters, arrays of NumPy or JAX; or a function without
+        arguments that makes them under jit, whose leaves are then made one at a time,
+        so that they never exist all together.
+    Returns:
+      theta: tree like `params`, sparse leaves [*stack, k_B] in place of dense arrays.
+      opt_state: the state that `tx.update` takes.
+      store: theta in host memory, for methods with a reservoir.
+    Raises:
+      ValueError: another layout, or as `tx.init`.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.adam(0.1), tk.top_kast(0.5, 0.25), layout="packed")
+      >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+      >>> theta, opt_state, store = tk.start(tx, params)
+      >>> theta["kernel"].tolist()  # A, then the rest of B
+      [3.0, -4.0, -2.0]
+    """
+    recipe = _packed(tx, "tk.start")
+    shapes = jax.eval_shape(params) if callable(params) else params
+    flat, treedef = _trees.parameters(shapes)
+    found = plan_lib.sites(recipe.method, recipe.axes, flat)
+    sites = {site.index: site for site in found}
+    seed = jnp.asarray(recipe.seed, jnp.uint32)
+    theta: list[Any] = []
+    indices: dict[int, Index] = {}
+    memory: dict[int, Any] = {}
+    store: dict[str, np.ndarray] = {}
+    for i, parameter in enumerate(flat):
+        dense = _made(params, treedef, i) if callable(params) else parameter.array
+        if i not in sites:
+            theta.append(jnp.asarray(dense))
+            continue
+        site = sites[i]
+        units = site.grid.to_units(np.asarray(dense))
+        if recipe.method.reservoir:
+            units = store[site.path] = np.array(units)  # a copy of its own, writable
+        leaf = _leaf(site, seed, 0, units if recipe.method.reservoir else units[:, :0])
+        masks, memory[i] = recipe.method.init(leaf)
+        index = host.numbered(site.grid, *masks)
+        theta.append(_stored(np.take_along_axis(units, _wide(index, units), 1), site))
+        indices[i] = _index(index, masks, site)
+    packed = treedef.unflatten(theta)
+    return packed, _state(recipe, seed, treedef, indices, memory, packed), Store(store)
+
+
+def due(tx: optax.GradientTransformation, step: int) -> bool:
+    """Whether the masks change before step `step`: whether to call `tk.refresh` now.
+
+    Args:
+      tx: `tk.sparse(..., layout="packed")`.
+      step: number of updates made so far.
+    """
+    schedule = _packed(tx, "tk.due").method.due
+    return schedule is not None and bool(schedule(step))
+
+
+def refresh(
+    tx: optax.GradientTransformation,
+    theta: PyTree,
+    opt_state: optax.OptState,
+    store: Store,
+    found: PyTree = None,
+) -> tuple[PyTree, optax.OptState, Store]:
+    """Chooses A and B anew, and replaces the packed arrays.
+
+    Writes B back to the reservoir, selects there, and ships the new B. Moments of
+    entries that stay in B go with them; those of entries that enter are what
+    `inner.init` gives them (`reset="keep"` has no meaning here: what is not in B has no
+    moments).
+
+    Args:
+      tx: `tk.sparse(..., layout="packed")`.
+      theta: the packed parameters, after an update.
+      opt_state: the state that the update returned.
+      store: from `tk.start`; written in place.
+      found: what `tk.probe` returned, for methods that grow by gradient.
+    Returns:
+      theta, opt_state and store, for the coming step.
+    Raises:
+      ValueError: NaN or Inf in theta, named by path; nothing has been changed then.
+    """
+    recipe = _packed(tx, "tk.refresh")
+    (state,) = _trees.find_states(opt_state)
+    flat, treedef = _trees.parameters(theta)
+    indices = treedef.flatten_up_to(state.sparse_masks.forward)
+    memory = treedef.flatten_up_to(state.sparse_memory)
+    seen = treedef.flatten_up_to(found) if found is not None else [None] * len(flat)
+    step = int(state.sparse_step)
+    values = {
+        i: np.asarray(flat[i].array) for i, ix in enumerate(indices) if ix is not None
+    }
+    for i, value in values.items():
+        if not np.isfinite(value.astype(np.float32, copy=False)).all():
+            raise ValueError(
+                f"{flat[i].path!r} holds NaN or Inf at step {step}; masks chosen from "
+                "it would mean nothing"
+            )
+    new_theta = [p.array for p in flat]
+    new_indices: dict[int, Index] = {}
+    sources: dict[int, np.ndarray] = {}
+    for i, value in values.items():
+        index: Index = indices[i]
+        grid, slices = index.grid, index.grid.whole[0]
+        old = np.asarray(index.index).reshape(slices, -1)
+        value = value.reshape(slices, -1, *grid.unit)
+        site = _site(i, flat[i].path, index)
+        if recipe.method.reservoir:
+            units = store.theta[site.path]
+            np.put_along_axis(units, _wide(old, units), value, axis=1)
+            leaf = _leaf(site, state.sparse_seed, step, units)
+        else:
+            leaf = _listed(site, state.sparse_seed, step, old, value, seen[i])
+        masks, memory[i] = recipe.method.refresh(leaf, memory[i], step)
+        new = host.numbered(grid, *masks)
+        source = _source(old, new)
+        if recipe.method.reservoir:
+            shipped = np.take_along_axis(units, _wide(new, units), 1)
+        else:
+            shipped = np.take_along_axis(value, _wide(np.maximum(source, 0), value), 1)
+            shipped[source < 0] = 0
+        new_theta[i] = _stored(shipped, site)
+        new_indices[i], sources[i] = _index(new, masks, site), source
+    packed = treedef.unflatten(new_theta)
+    fresh = _state(
+        recipe,
+        state.sparse_seed,
+        treedef,
+        new_indices,
+        dict(enumerate(memory)),
+        packed,
+    )
+    moved = _moved(state.sparse_inner, fresh.sparse_inner, flat, sources, new_indices)
+    new_state = state._replace(
+        sparse_masks=fresh.sparse_masks,
+        sparse_memory=treedef.unflatten(memory),
+        sparse_inner=moved,
+    )
+    return packed, _trees.replace_state(opt_state, new_state), store
+
+
+def _packed(tx: optax.GradientTransformation, caller: str) -> Recipe:
+    recipe = recipe_of(tx, caller)
+    if recipe.layout == "masked":
+        raise ValueError(
+            f'{caller} is for layout="packed"; with layout="masked" the masks change '
+            "inside tx.update, which starts from tx.init"
+        )
+    return recipe
+
+
+def _made(make: Callable[[], PyTree], treedef: Any, i: int) -> np.ndarray:
+    """Leaf `i` of the tree that `make` makes; XLA leaves out all the others."""
+    return np.asarray(jax.jit(lambda: treedef.flatten_up_to(make())[i])())
+
+
+def _leaf(site: Site, seed: Array, step: int, units: np.ndarray) -> HostLeaf:
+    """A leaf over all of theta, or without entries where `units` has none."""
+    value = host.by_selection(site.grid, units) if units.shape[1] else units
+    rows = site.grid.whole[0] * site.grid.selections
+    if not units.shape[1]:
+        value = np.zeros((rows, 0, *site.grid.unit), units.dtype)
+    marks = np.zeros(value.shape[:2], bool)
+    return HostLeaf(
+        grid=site.grid,
+        counts=site.counts,
+        path=site.path,
+        key=_trees.leaf_key(seed, site.path, step),
+        places=None if units.shape[1] else np.zeros((rows, 0), np.int64),
+        value=value,
+        grad=np.zeros_like(value),
+        forward=marks,
+        backward=marks,
+    )
+
+
+def _listed(
+    site: Site, seed: Array, step: int, index: np.ndarray, value: np.ndarray, found: Any
+) -> HostLeaf:
+    """A leaf over the units of A alone."""
+    places, order = host.selection_places(site.grid, index)
+    flat = value.reshape(-1, *site.grid.unit)[order]
+    grad, candidates = np.zeros_like(flat), None
+    if found is not None:
+        grads = np.asarray(found.grad).reshape(-1, *site.grid.unit)
+        grad = grads[order]
+        there, place = host.selection_places(site.grid, np.asarray(found.index))
+        others = np.asarray(found.candidates).reshape(-1, *site.grid.unit)[place]
+        candidates = (there, others)
+    marks = np.ones(flat.shape[:2], bool)
+    return HostLeaf(
+        grid=site.grid,
+        counts=site.counts,
+        path=site.path,
+        key=_trees.leaf_key(seed, site.path, step),
+        places=places,
+        value=flat,
+        grad=grad,
+        forward=marks,
+        backward=marks,
+        candidates=candidates,
+    )
+
+
+def _site(i: int, path: str, index: Index) -> Site:
+    counts = PackedLeaf(index.index, index.index, index, path, index.index).counts
+    return Site(i, path, index.grid, counts, counts)
+
+
+def _index(numbers: np.ndarray, masks: LeafMasks, site: Site) -> Index:
+    slices = site.grid.whole[0]
+    shaped = numbers.reshape(*site.grid.stack, -1)
+    return Index(jnp.asarray(shaped), site.grid, len(masks.forward) // slices)
+
+
+def _stored(values: np.ndarray, site: Site) -> Array:
+    shape = (*site.grid.stack, values.shape[1], *site.grid.unit)
+    return jnp.asarray(values.reshape(shape))
+
+
+def _wide(index: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """An index [slices, n] that take_along_axis can use on units with a shape."""
+    return index.reshape(*index.shape, *(1 for _ in units.shape[2:])).astype(np.int64)
+
+
+def _source(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Where each unit of `new` stands in `old`, -1 where it does not; [slices, n]."""
+    order = np.argsort(old, axis=1, kind="stable")
+    found = np.full(new.shape, -1, np.int64)
+    for s in range(len(old)):
+        ranked = old[s][order[s]]
+        at = np.minimum(np.searchsorted(ranked, new[s]), len(ranked) - 1)
+        same = ranked[at] == new[s]
+        found[s][same] = order[s][at[same]]
+    return found
+
+
+def _state(
+    recipe: Recipe,
+    seed: Array,
+    treedef: Any,
+    indices: dict[int, Index],
+    memory: dict[int, Any],
+    theta: PyTree,
+) -> SparseState:
+    def tree(found: dict[int, Any]) -> PyTree:
+        return treedef.unflatten([found.get(i) for i in range(treedef.num_leaves)])
+
+    return SparseState(
+        sparse_step=jnp.int32(0),
+        sparse_seed=seed,
+        sparse_masks=Masks(tree(indices), tree({}), tree({})),
+        sparse_memory=tree(memory),
+        sparse_reservoir=jnp.asarray(recipe.method.reservoir),
+        leaks=jnp.int32(0),
+        nonfinite_step=jnp.int32(-1),
+        nonfinite_leaf=jnp.uint32(0),
+        nonfinite_count=jnp.int32(0),
+        sparse_inner=recipe.inner.init(theta),
+    )
+
+
+def _moved(
+    state: PyTree,
+    fresh: PyTree,
+    params: list[_trees.Parameter],
+    sources: dict[int, np.ndarray],
+    indices: dict[int, Index],
+) -> PyTree:
+    """Slots of the inner optimizer: old values where a unit stays, else fresh ones."""
+    leaves, treedef = _trees.flatten(state)
+    news = treedef.flatten_up_to(fresh)
+    owners = _trees.slots(state, params)
+    out = []
+    for old, new, owner in zip(leaves, news, owners, strict=True):
+        if owner is None or owner not in sources:
+            out.append(old)
+            continue
+        unit = indices[owner].grid.unit
+        source = jnp.asarray(sources[owner])
+        at = source.reshape(*source.shape, *(1 for _ in unit))
+        was = old.reshape(len(source), -1, *unit)
+        now = new.reshape(len(source), -1, *unit)
+        kept = jnp.take_along_axis(was, jnp.maximum(at, 0), axis=1)
+        out.append(jnp.where(at >= 0, kept, now).reshape(new.shape))
+    return treedef.unflatten(out)
