@@ -5,27 +5,15 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_types", "_trees", "draw"},
-    {"score", "select", "distribution", "schedule", "structure"},
-    {"layouts", "forward"},
-    {"methods"},
-    {
-        "plan",
-        "transformation",
-        "faults",
-        "packed",
-        "optimizer",
-        "health",
-        "drop_in",
-        "metrics",
-        "sharding",
-    },
-]
+    ["_types", "_trees", "draw"],
+    ["distribution", "schedule", "score", "select", "structure"],
+    ["layouts", "forward"],
+    ["methods"],
+    ["plan", "transformation", "faults", "packed", "probe", "optimizer", "health",
+     "drop_in", "metrics", "sharding"],
+]  # fmt: skip
 # Within a floor: the later of two may import the earlier.
-ORDER = ["_types", "_trees", "draw", "distribution", "schedule", "score", "select",
-         "structure", "layouts", "forward", "methods", "plan", "transformation", "faults",
-         "packed", "optimizer", "health", "drop_in",
-         "metrics", "sharding"]  # fmt: skip
+ORDER = [module for floor in FLOORS for module in floor]
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -45,7 +33,7 @@ def test_every_module_has_a_floor():
     package = ROOT / "topkast_jax"
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
     modules |= {path.parent.name for path in package.glob("*/__init__.py")}
-    assert modules == set(ORDER) == set().union(*FLOORS)
+    assert modules == set(ORDER)
 
 
 def test_imports_go_down():

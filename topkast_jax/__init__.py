@@ -12,6 +12,7 @@ from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import Store, due, refresh, start
 from topkast_jax.plan import Plan
+from topkast_jax.probe import Found, probe
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import state_shardings
@@ -25,6 +26,7 @@ __all__ = [
     "Axes",
     "Counts",
     "DropInState",
+    "Found",
     "Health",
     "Index",
     "Leaf",
@@ -59,6 +61,7 @@ __all__ = [
     "metrics",
     "n_of_m",
     "plan",
+    "probe",
     "random_k",
     "refresh",
     "rigl",

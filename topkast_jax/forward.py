@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from topkast_jax import _trees
 from topkast_jax._types import Masks, PyTree
-from topkast_jax.layouts.packed import Index, expand, scatter
+from topkast_jax.layouts.packed import Index, Probed, expand, scatter
 
 
 @jax.custom_jvp
@@ -57,6 +57,8 @@ def sparsify(theta: PyTree, masks: Masks) -> PyTree:
     def leaf(forward: Any, backward: Any, probe: Any, value: Any) -> Any:
         if forward is None:
             return value
+        if isinstance(value, Probed):
+            return expand(value.values, forward) + value.delta
         if isinstance(forward, Index):
             return expand(value, forward)
         seen = backward if probe is None else backward | probe

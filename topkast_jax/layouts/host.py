@@ -17,7 +17,7 @@ from topkast_jax import draw
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Score
 from topkast_jax.structure import Grid, portion, total
 
-Set = Int[np.ndarray, " k"]
+Set = Int[np.ndarray, " _"]
 """A set of units: sorted int64, selection * size + position within the selection."""
 
 _FEW = 64

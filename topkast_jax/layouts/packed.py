@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, Memory, Scalar
 from topkast_jax.structure import Grid
@@ -28,7 +28,7 @@ class Index:
       k_forward: n_A, how many of each slice belong to A.
     """
 
-    index: Int[Array, "... n_B"]
+    index: Any
     grid: Grid
     k_forward: int
 
@@ -47,6 +47,17 @@ class Index:
         """Which units belong to A; broadcasts against the values."""
         n = self.index.shape[-1]
         return (jnp.arange(n) < self.k_forward).reshape(n, *(1 for _ in self.grid.unit))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "delta"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """Packed values and a dense zero, the gradient of which `tk.probe` asks for."""
+
+    values: Any
+    delta: Any
 
 
 def gather(dense: Any, index: Index) -> Any:
@@ -99,7 +110,7 @@ class PackedLeaf:
     """
 
     value: Array
-    grad: Array
+    grad: Any
     index: Index
     path: str
     key: jax.Array

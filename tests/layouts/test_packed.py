@@ -1,0 +1,232 @@
+"""The packed layout does what the masked one does, with arrays of B alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from lockstep import EVERY, PLAIN, STACKED, STEPS, loss, run
+
+import topkast_jax as tk
+
+DUE = tk.every(EVERY)
+METHODS: dict[str, Any] = {
+    "top_kast": lambda **o: tk.top_kast(0.8, 0.6, refresh=DUE, **o),
+    "top_kast_random": lambda **o: tk.top_kast(
+        0.8, 0.6, refresh=DUE, explore="random", **o
+    ),
+    "top_kast_stop": lambda **o: tk.top_kast(0.8, 0.6, refresh=DUE, stop=7, **o),
+    "static": lambda **o: tk.static(0.8, **o),
+    "set": lambda **o: tk.set_(0.8, refresh=DUE, **o),
+    "rigl": lambda **o: tk.rigl(
+        0.8, refresh=DUE, drop_fraction=tk.cosine(0.5, STEPS), **o
+    ),
+}
+STRUCTURES = {
+    "entries": tk.unstructured,
+    "blocks": tk.blocks(4, 2),
+    "fan_in": tk.fan_in(),
+    "fan_in_blocks": tk.fan_in(2, 4),
+    "n_of_m": tk.n_of_m(8),
+}
+CELLS = [
+    *((name, "entries", PLAIN) for name in METHODS),
+    ("top_kast", "blocks", STACKED),
+    ("top_kast", "fan_in", STACKED),
+    ("set", "n_of_m", PLAIN),
+    ("set", "entries", STACKED),
+    ("rigl", "blocks", PLAIN),
+    ("rigl", "fan_in_blocks", STACKED),
+]
+REST = [
+    (name, structure, shape)
+    for name in METHODS
+    for structure in STRUCTURES
+    for shape in (PLAIN, STACKED)
+    if (name, structure, shape) not in CELLS
+]
+
+
+def assert_same(masked: list[Any], packed: list[Any]) -> None:
+    for t, (one, two) in enumerate(zip(masked, packed, strict=True)):
+        np.testing.assert_array_equal(one.forward, two.forward, f"A after {t}")
+        np.testing.assert_array_equal(one.backward, two.backward, f"B after {t}")
+        np.testing.assert_allclose(one.weights, two.weights, rtol=1e-5, atol=1e-6)
+        assert one.loss == pytest.approx(two.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "structure", "shape"),
+    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)],
+)
+def test_masks_and_weights_are_those_of_the_masked_layout(name, structure, shape):
+    method = METHODS[name](structure=STRUCTURES[structure])
+    masked, packed = run("masked", method, shape), run("packed", method, shape)
+    assert_same(masked, packed)
+    moved = any((s.forward != masked[0].forward).any() for s in masked)
+    assert moved == (name != "static")
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.sgd(0.1, momentum=0.9),
+        optax.adamw(0.05, weight_decay=0.1),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01)),
+        optax.lion(0.01),
+        optax.inject_hyperparams(optax.adam)(learning_rate=0.05),
+    ],
+    ids=["momentum", "adamw", "clip_rmsprop", "lion", "inject"],
+)
+def test_any_optimizer(inner):
+    method = METHODS["top_kast"]()
+    assert_same(run("masked", method, inner=inner), run("packed", method, inner=inner))
+
+
+def test_bfloat16():
+    method = METHODS["top_kast"]()
+    masked, packed = (
+        run(layout, method, dtype=jnp.bfloat16) for layout in ("masked", "packed")
+    )
+    for one, two in zip(masked, packed, strict=True):
+        np.testing.assert_array_equal(one.forward, two.forward)
+
+
+def start(method: tk.Method, shape: tuple[int, ...] = PLAIN) -> Any:
+    tx = tk.sparse(optax.adam(0.05), method, layout="packed", seed=7)
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    return tx, *tk.start(tx, {"one": {"kernel": kernel, "bias": jnp.zeros(shape[-1])}})
+
+
+def sizes(tree: Any) -> list[int]:
+    return sorted(x.size for x in jax.tree.leaves(tree))
+
+
+def test_the_device_holds_b_alone():
+    _tx, theta, state, store = start(METHODS["top_kast"]())
+    k = round(0.4 * 16 * 24)
+    assert theta["one"]["kernel"].shape == (k,)
+    moments = sizes(state.sparse_inner)
+    assert moments.count(k) == 2 and max(moments) == k
+    assert store.theta["one/kernel"].size == 16 * 24
+    assert store.nbytes == 4 * 16 * 24
+    assert start(METHODS["set"]())[3].nbytes == 0
+
+
+def test_no_dense_array_in_the_update():
+    """Given packed gradients, nothing of a leaf's dense size is in the program."""
+    tx, theta, state, _ = start(METHODS["top_kast"](), (64, 96))
+    text = jax.jit(tx.update).lower(theta, state, theta).compile().as_text()
+    assert f"f32[{round(0.4 * 64 * 96)}]" in text
+    assert "6144" not in text and "64,96" not in text
+
+
+def test_a_refresh_carries_moments_along():
+    """Of entries that stay; those of entries that enter are zero."""
+    tx, theta, state, store = start(METHODS["top_kast"]())
+    grads = jax.grad(loss)(theta, state, 0)
+    for t in range(EVERY):
+        updates, state = tx.update(grads, state, theta)
+        theta = optax.apply_updates(theta, updates)
+        before = {
+            int(i): float(m)
+            for i, m in zip(
+                tk.masks(state).forward["one"]["kernel"].index,
+                state.sparse_inner[0].mu["one"]["kernel"],
+                strict=True,
+            )
+        }
+        assert tk.due(tx, t + 1) == (t + 1 == EVERY)
+    theta, state, store = tk.refresh(tx, theta, state, store)
+    after = zip(
+        tk.masks(state).forward["one"]["kernel"].index,
+        state.sparse_inner[0].mu["one"]["kernel"],
+        strict=True,
+    )
+    entered = 0
+    for i, moment in after:
+        entered += int(i) not in before
+        assert float(moment) == before.get(int(i), 0.0)
+    assert 0 < entered < len(before)
+    assert int(state.sparse_inner[0].count) == EVERY
+
+
+def test_parameters_made_one_at_a_time():
+    """A function in place of the tree gives the same start."""
+    tx, theta, state, store = start(METHODS["top_kast"]())
+
+    def make() -> Any:
+        kernel = jax.random.normal(jax.random.key(0), PLAIN)
+        return {"one": {"kernel": kernel, "bias": jnp.zeros(PLAIN[-1])}}
+
+    theta2, state2, store2 = tk.start(tx, make)
+    jax.tree.map(np.testing.assert_array_equal, (theta, state), (theta2, state2))
+    np.testing.assert_array_equal(store.theta["one/kernel"], store2.theta["one/kernel"])
+
+
+def test_the_penalty_knows_a_from_b():
+    method = tk.top_kast(0.8, 0.6, penalty=0.5)
+    tx = tk.sparse(optax.sgd(1.0), method, layout="packed")
+    theta, state, _ = tk.start(tx, {"kernel": jnp.arange(1.0, 101).reshape(10, 10)})
+    zeros = jax.tree.map(jnp.zeros_like, theta)
+    updates, _ = tx.update(zeros, state, theta)
+    ratio = np.asarray(updates["kernel"] / theta["kernel"])
+    np.testing.assert_allclose(ratio[:20], -0.5, rtol=1e-6)
+    np.testing.assert_allclose(ratio[20:], -2.5, rtol=1e-6)
+
+
+def test_gradients_pass_every_transformation():
+    _tx, theta, state, _ = start(METHODS["top_kast"]())
+    plain = jax.grad(loss)(theta, state, 0)
+    rematerialised = jax.grad(jax.checkpoint(loss))(theta, state, 0)
+    jax.tree.map(np.testing.assert_array_equal, plain, rematerialised)
+    many = jax.vmap(jax.grad(loss), (None, None, 0))(theta, state, jnp.arange(2.0))
+    np.testing.assert_allclose(
+        many["one"]["kernel"][0], plain["one"]["kernel"], rtol=1e-6
+    )
+    _, tangent = jax.jvp(lambda t: loss(t, state, 0), (theta,), (theta,))
+    products = jax.tree.map(lambda g, t: jnp.sum(g * t), plain, theta)
+    assert float(tangent) == pytest.approx(float(sum(jax.tree.leaves(products))), 1e-4)
+
+
+def test_nan_is_refused_and_nothing_changes():
+    tx, theta, state, store = start(METHODS["top_kast"]())
+    before = store.theta["one/kernel"].copy()
+    theta["one"]["kernel"] = theta["one"]["kernel"].at[3].set(jnp.nan)
+    with pytest.raises(ValueError, match="'one/kernel' holds NaN or Inf at step 0"):
+        tk.refresh(tx, theta, state, store)
+    np.testing.assert_array_equal(store.theta["one/kernel"], before)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda tx, _: tx.init({"kernel": jnp.ones((4, 4))}), "tk.start"),
+        (
+            lambda _, masked: tk.start(masked, {"kernel": jnp.ones((4, 4))}),
+            'tk.start is for layout="packed"',
+        ),
+        (lambda _, masked: tk.due(masked, 1), 'tk.due is for layout="packed"'),
+        (lambda *_: tk.start(optax.adam(1.0), {}), "not a GradientTransformation"),
+        (lambda tx, _: tk.drop_in(tx), 'tk.drop_in needs layout="masked"'),
+        (
+            lambda *_: tk.sparse(
+                optax.sgd(1.0), tk.static(0.5), layout="packed", reset="keep"
+            ),
+            'reset="keep" needs layout="masked"',
+        ),
+    ],
+)
+def test_the_wrong_layout_is_named(call, message):
+    method = tk.static(0.5)
+    both = (tk.sparse(optax.sgd(1.0), method, layout=x) for x in ("packed", "masked"))
+    with pytest.raises(ValueError, match=message):
+        call(*both)
+
+
+def test_growth_by_gradient_asks_for_the_probe():
+    tx, theta, state, store = start(METHODS["rigl"]())
+    with pytest.raises(ValueError, match="'one/kernel': growth by gradient needs"):
+        tk.refresh(tx, theta, state, store)
