@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
     ["distribution", "schedule", "score", "select", "structure"],
-    ["layouts", "forward"],
+    ["layouts", "forward", "ops"],
     ["methods"],
     ["plan", "transformation", "faults", "packed", "probe", "optimizer", "health",
      "drop_in", "metrics", "sharding"],

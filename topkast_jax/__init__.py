@@ -1,13 +1,13 @@
 """Always-sparse training in JAX: Top-KAST and its peers as optax transformations."""
 
-from topkast_jax import metrics
+from topkast_jax import metrics, ops
 from topkast_jax._trees import axes, kernels, masks
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.health import Health, NonFinite, check, health
-from topkast_jax.layouts.packed import Index
+from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import Store, due, refresh, start
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Axes",
+    "BlockMatrix",
     "Counts",
     "DropInState",
     "Found",
@@ -60,6 +61,7 @@ __all__ = [
     "masks",
     "metrics",
     "n_of_m",
+    "ops",
     "plan",
     "probe",
     "random_k",

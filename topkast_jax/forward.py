@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from topkast_jax import _trees
 from topkast_jax._types import Masks, PyTree
-from topkast_jax.layouts.packed import Index, Probed, expand, scatter
+from topkast_jax.layouts.packed import BlockMatrix, Index, Probed, expand, scatter
 
 
 @jax.custom_jvp
@@ -30,7 +30,7 @@ def _on_forward_set_jvp(primals: Any, tangents: Any) -> Any:
     )
 
 
-def sparsify(theta: PyTree, masks: Masks) -> PyTree:
+def sparsify(theta: PyTree, masks: Masks, expanded: bool | None = None) -> PyTree:
     """alpha: theta on A and exact zeros elsewhere, with a gradient that reaches B and P.
 
     The forward pass, and so the gradient of the activations, uses A only. The gradient
@@ -41,6 +41,8 @@ def sparsify(theta: PyTree, masks: Masks) -> PyTree:
     Args:
       theta: parameters.
       masks: `tk.masks(opt_state)`.
+      expanded: whether packed parameters become dense arrays, or `BlockMatrix`, which
+        `tk.ops.sparse_matmul` takes; None: as their layout is meant.
     Returns:
       Tree like `theta`; dense parameters are passed on as they are.
     Example:
@@ -60,7 +62,8 @@ def sparsify(theta: PyTree, masks: Masks) -> PyTree:
         if isinstance(value, Probed):
             return expand(value.values, forward) + value.delta
         if isinstance(forward, Index):
-            return expand(value, forward)
+            by_unit = forward.multiplied if expanded is None else not expanded
+            return BlockMatrix(value, forward) if by_unit else expand(value, forward)
         seen = backward if probe is None else backward | probe
         return _on_forward_set(value, forward, seen)
 

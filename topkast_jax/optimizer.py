@@ -49,7 +49,8 @@ def sparse(
       inner: any optax optimizer.
       method: `tk.top_kast(...)`, `tk.rigl(...)`, ...
       layout: how sparse parameters are stored. "masked": dense arrays under bool masks.
-        "packed": the entries of B alone; see `tk.start`.
+        "packed": the entries of B alone, expanded where they are used; see `tk.start`.
+        "block": as packed, but multiplied unit by unit; see `tk.ops.sparse_matmul`.
       seed: of every random draw; together with step and path it fixes the masks.
       axes: `tk.axes({...})`, what the axes of parameters mean; needed for stacked ones.
       reset: what moments of entries that enter or leave B become, "init" or "keep".
@@ -87,7 +88,7 @@ def sparse(
     inner = optax.with_extra_args_support(inner)
     rules = AxesRules({}) if axes is None else axes
     recipe = Recipe(inner, method, layout, seed, rules, reset, learning_rate)
-    if layout == "packed":
+    if layout != "masked":
         return packed.transformation(recipe)
 
     def init_fn(params: PyTree) -> SparseState:

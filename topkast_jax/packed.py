@@ -145,7 +145,7 @@ def start(
         masks, memory[i] = recipe.method.init(leaf)
         index = host.numbered(site.grid, *masks)
         theta.append(_stored(np.take_along_axis(units, _wide(index, units), 1), site))
-        indices[i] = _index(index, masks, site)
+        indices[i] = _index(index, masks, site, recipe)
     packed = treedef.unflatten(theta)
     return packed, _state(recipe, seed, treedef, indices, memory, packed), Store(store)
 
@@ -226,7 +226,8 @@ def refresh(
             shipped = np.take_along_axis(value, _wide(np.maximum(source, 0), value), 1)
             shipped[source < 0] = 0
         new_theta[i] = _stored(shipped, site)
-        new_indices[i], sources[i] = _index(new, masks, site), source
+        new_indices[i] = _index(new, masks, site, recipe)
+        sources[i] = source
     packed = treedef.unflatten(new_theta)
     fresh = _state(
         recipe,
@@ -313,10 +314,11 @@ def _site(i: int, path: str, index: Index) -> Site:
     return Site(i, path, index.grid, counts, counts)
 
 
-def _index(numbers: np.ndarray, masks: LeafMasks, site: Site) -> Index:
+def _index(numbers: np.ndarray, masks: LeafMasks, site: Site, recipe: Recipe) -> Index:
     slices = site.grid.whole[0]
     shaped = numbers.reshape(*site.grid.stack, -1)
-    return Index(jnp.asarray(shaped), site.grid, len(masks.forward) // slices)
+    k_forward = len(masks.forward) // slices
+    return Index(jnp.asarray(shaped), site.grid, k_forward, recipe.layout == "block")
 
 
 def _stored(values: np.ndarray, site: Site) -> Array:

@@ -230,6 +230,17 @@ class Grid:
         x = x.reshape([self.shape[a] for a in self._order])
         return x.transpose([self._order.index(a) for a in range(len(self.shape))])
 
+    def matrix(self, x: Any) -> Any:
+        """A parameter without stack axes as [inputs, outputs]."""
+        order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
+        return x.transpose(order).reshape(self.whole[1:])
+
+    def from_matrix(self, x: Any) -> Any:
+        """Inverse of `matrix`."""
+        order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
+        x = x.reshape([self.shape[a] for a in order])
+        return x.transpose([order.index(a) for a in range(len(order))])
+
     def scores(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Scores of units, in the shape of `array`: sums over their entries."""
         if self.plain:

@@ -11,7 +11,7 @@ from topkast_jax._types import Method, PyTree, Schedule
 from topkast_jax.plan import Plan
 
 Reset = Literal["init", "keep"]
-Layout = Literal["masked", "packed"]
+Layout = Literal["masked", "packed", "block"]
 
 
 class Recipe(NamedTuple):

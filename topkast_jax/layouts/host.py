@@ -183,12 +183,13 @@ def _top_rows(
 
 
 def numbered(grid: Grid, forward: Set, backward: Set) -> np.ndarray:
-    """int32 [slices, n_B] of `Index`: numbers of units, A first, each part ascending."""
+    """int32 [slices, n_B] of `Index`: numbers of units, A first, each part by selection."""
     rest = backward[~_contains(forward, backward)]
     parts = []
     for part in (forward, rest):
         slices, units = _to_units(grid, part)
-        order = np.lexsort((units, slices))
+        # Selections of a slice follow each other, unless outputs come before the stack.
+        order = np.argsort(slices, kind="stable")
         parts.append(units[order].reshape(grid.whole[0], -1))
     return np.concatenate(parts, axis=1).astype(np.int32)
 

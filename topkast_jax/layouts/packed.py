@@ -15,7 +15,7 @@ from topkast_jax.structure import Grid
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["index"],
-    meta_fields=["grid", "k_forward"],
+    meta_fields=["grid", "k_forward", "multiplied"],
 )
 @dataclasses.dataclass(frozen=True)
 class Index:
@@ -23,14 +23,16 @@ class Index:
 
     Attributes:
       index: int32 [*stack, n_B], numbers of units within their slice (`Grid.to_units`):
-        first those of A, then the rest of B, each part ascending.
+        first those of A, then the rest of B, each part by selection, then ascending.
       grid: the units of the whole parameter.
       k_forward: n_A, how many of each slice belong to A.
+      multiplied: whether the layout multiplies by units (block) or expands (packed).
     """
 
     index: Any
     grid: Grid
     k_forward: int
+    multiplied: bool = False
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -47,6 +49,22 @@ class Index:
         """Which units belong to A; broadcasts against the values."""
         n = self.index.shape[-1]
         return (jnp.arange(n) < self.k_forward).reshape(n, *(1 for _ in self.grid.unit))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "index"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class BlockMatrix:
+    """alpha by units, as `tk.ops.sparse_matmul` takes it.
+
+    Attributes:
+      values: [*stack, n_B, *unit], those of A first.
+      index: where they belong, and how many are A.
+    """
+
+    values: Any
+    index: Index
 
 
 @functools.partial(

@@ -1,0 +1,99 @@
+"""`sparse_matmul`: the operator, and which implementation serves it."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from topkast_jax.layouts.packed import BlockMatrix, Index
+from topkast_jax.ops import reference, xla
+from topkast_jax.ops.product import Product
+
+IMPLEMENTATIONS: dict[str, Product] = {
+    "expanded": reference.expanded,
+    "columns": xla.by_columns,
+    "blocks": xla.by_blocks,
+    "batch": xla.by_batch,
+}
+"""By name: the reference; a loop over columns of blocks (fan_in); over blocks; all
+blocks in one batched product."""
+
+WORTHWHILE = 1024
+"""Entries of a block from which a product of its own pays on CPU (32 x 32)."""
+
+
+def sparse_matmul(
+    x: Float[Array, "*rows inputs"],
+    matrix: BlockMatrix,
+    implementation: str | None = None,
+) -> Float[Array, "*rows outputs"]:
+    """x @ W for a matrix that is stored by units, W on A forward and its gradient on B.
+
+    Differentiable once, in reverse: the gradient of x uses A, that of the values reaches
+    all of B. No implementation forms the dense gradient of more than this one matrix,
+    and only "expanded" forms that.
+
+    Args:
+      x: activations.
+      matrix: of one slice; its window and inputs are contracted, flattened in C order.
+      implementation: a name of `IMPLEMENTATIONS`; None chooses by structure and shape.
+    Returns:
+      Outputs, flattened in C order.
+    Raises:
+      NotImplementedError: the named implementation does not do this structure.
+      ValueError: an unknown name, or shapes that do not fit.
+    """
+    name = choose(matrix.index) if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    _, inputs, outputs = matrix.index.here.whole
+    if x.shape[-1] != inputs:
+        raise ValueError(
+            f"x of shape {x.shape} does not fit a matrix of {inputs} inputs"
+        )
+    rows = x.reshape(-1, inputs)
+    y = _matmul(name, rows, matrix.values, matrix.index)
+    return y.reshape(*x.shape[:-1], outputs)
+
+
+def choose(index: Index) -> str:
+    """Name of the implementation that `sparse_matmul` takes by itself.
+
+    By structure and the size of blocks; on CPU, where this was measured, batches lose
+    to loops, elsewhere loops of small products do.
+    """
+    grid = index.here
+    if grid.plain or grid.structure.scope == "group":
+        return "expanded"
+    high, wide = grid.structure.block
+    if grid.structure.scope == "column":
+        inputs = high * index.k_forward // grid.selections
+        return "columns" if inputs * wide >= WORTHWHILE else "expanded"
+    if high * wide < WORTHWHILE:
+        return "expanded"
+    return "blocks" if jax.default_backend() == "cpu" else "batch"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(name: str, x: Array, values: Array, index: Index) -> Array:
+    return IMPLEMENTATIONS[name].forward(x, values, index)
+
+
+def _matmul_fwd(name: str, x: Array, values: Array, index: Index) -> Any:
+    return _matmul(name, x, values, index), (x, values, index)
+
+
+def _matmul_bwd(name: str, residuals: Any, dy: Array) -> Any:
+    x, values, index = residuals
+    product = IMPLEMENTATIONS[name]
+    dx = product.input_gradient(dy, values, index)
+    dvalues = product.weight_gradient(x, dy, index)
+    nothing = jax.tree.map(lambda i: jnp.zeros(i.shape, jax.dtypes.float0), index)
+    return dx, dvalues.astype(values.dtype), nothing
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -1,0 +1,25 @@
+"""The meaning of a sparse product: expand the matrix, multiply, gather.
+
+Not only a reference: where units are single entries, nothing in XLA beats it. The dense
+matrix lives for the length of one product, and so does the dense gradient.
+"""
+
+from jaxtyping import Array
+
+from topkast_jax.layouts.packed import Index, expand, gather
+from topkast_jax.ops.product import Product
+
+
+def _forward(x: Array, values: Array, index: Index) -> Array:
+    return x @ index.here.matrix(expand(values, index))
+
+
+def _input_gradient(dy: Array, values: Array, index: Index) -> Array:
+    return dy @ index.here.matrix(expand(values, index)).T
+
+
+def _weight_gradient(x: Array, dy: Array, index: Index) -> Array:
+    return gather(index.here.from_matrix(x.T @ dy), index)
+
+
+expanded = Product(_forward, _input_gradient, _weight_gradient)

@@ -1,0 +1,200 @@
+"""Sparse products as loops over blocks, in plain XLA.
+
+Both forms turn the activations to [features, rows] first, so that the rows of a block
+are contiguous, and add in float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from topkast_jax.layouts.packed import Index
+from topkast_jax.ops.product import Product
+
+
+def _sides(index: Index) -> tuple[int, int, int, int]:
+    """(rows of blocks, inputs of a block, columns of blocks, outputs of a block)."""
+    grid = index.here
+    if grid.plain or grid.structure.scope == "group" or index.index.ndim > 1:
+        raise NotImplementedError(
+            f"{grid.structure.name}: units of single entries are not multiplied by blocks"
+        )
+    _, inputs, outputs = grid.whole
+    high, wide = grid.structure.block
+    return inputs // high, high, outputs // wide, wide
+
+
+def _features_first(x: Array, parts: int, side: int) -> Array:
+    """[rows, features] as [parts, side, rows]."""
+    return x.T.reshape(parts, side, x.shape[0])
+
+
+def _rows_first(x: Array, dtype: Any) -> Array:
+    """Inverse of `_features_first`."""
+    return x.reshape(-1, x.shape[-1]).T.astype(dtype)
+
+
+def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    dims = (((over[0],), (over[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+# Constant fan-in: one product for each column of blocks.
+
+
+def _columns(index: Index) -> tuple[int, int, int, int, Array, Array]:
+    """Sides, and the rows of each column's blocks: those of A, then the rest of B."""
+    sides = _sides(index)
+    if index.here.structure.scope != "column":
+        raise NotImplementedError("columns of blocks: the structure is not fan_in")
+    rows = index.index // sides[2]
+    first = rows[: index.k_forward].reshape(sides[2], -1)
+    return (*sides, first, rows[index.k_forward :].reshape(sides[2], -1))
+
+
+def _columns_forward(x: Array, values: Array, index: Index) -> Array:
+    r, high, c, wide, rows, _ = _columns(index)
+    n = rows.shape[1]
+    blocks = values[: index.k_forward].reshape(c, n * high, wide)
+    source = _features_first(x, r, high)
+
+    def column(_: None, operands: Any) -> tuple[None, Array]:
+        block, at = operands
+        seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
+        return None, _dot(block, seen.reshape(n * high, -1), (0, 0))
+
+    _, y = lax.scan(column, None, (blocks, rows))
+    return _rows_first(y, x.dtype)
+
+
+def _columns_input_gradient(dy: Array, values: Array, index: Index) -> Array:
+    r, high, c, wide, rows, _ = _columns(index)
+    n = rows.shape[1]
+    blocks = values[: index.k_forward].reshape(c, n * high, wide)
+
+    def column(dx: Array, operands: Any) -> tuple[Array, None]:
+        block, at, g = operands
+        part = _dot(block, g, (1, 0)).reshape(n, high, -1)
+        options: Any = dict(unique_indices=True, mode="promise_in_bounds")
+        return dx.at[at].add(part, **options), None
+
+    zero = jnp.zeros((r, high, dy.shape[0]), jnp.float32)
+    operands = (blocks, rows, _features_first(dy, c, wide))
+    return _rows_first(lax.scan(column, zero, operands)[0], dy.dtype)
+
+
+def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
+    r, high, c, wide, first, rest = _columns(index)
+    rows = jnp.concatenate([first, rest], axis=1)
+    n = rows.shape[1]
+    source = _features_first(x, r, high)
+
+    def column(_: None, operands: Any) -> tuple[None, Array]:
+        at, g = operands
+        seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
+        part = _dot(seen.reshape(n * high, -1), g, (1, 1))
+        return None, part.astype(x.dtype).reshape(n, high, wide)
+
+    _, found = lax.scan(column, None, (rows, _features_first(dy, c, wide)))
+    split = first.shape[1]
+    parts = (found[:, :split], found[:, split:])
+    return jnp.concatenate([part.reshape(-1, high, wide) for part in parts])
+
+
+by_columns = Product(
+    _columns_forward, _columns_input_gradient, _columns_weight_gradient
+)
+
+
+# Any list of blocks: one product for each block.
+
+
+def _list_forward(x: Array, values: Array, index: Index) -> Array:
+    r, high, c, wide = _sides(index)
+    at = index.index[: index.k_forward]
+    source = _features_first(x, r, high)
+
+    def block(y: Array, operands: Any) -> tuple[Array, None]:
+        value, row, column = operands
+        return y.at[column].add(_dot(value, source[row], (0, 0))), None
+
+    zero = jnp.zeros((c, wide, x.shape[0]), jnp.float32)
+    operands = (values[: index.k_forward], at // c, at % c)
+    return _rows_first(lax.scan(block, zero, operands)[0], x.dtype)
+
+
+def _list_input_gradient(dy: Array, values: Array, index: Index) -> Array:
+    r, high, c, wide = _sides(index)
+    at = index.index[: index.k_forward]
+    source = _features_first(dy, c, wide)
+
+    def block(dx: Array, operands: Any) -> tuple[Array, None]:
+        value, row, column = operands
+        return dx.at[row].add(_dot(value, source[column], (1, 0))), None
+
+    zero = jnp.zeros((r, high, dy.shape[0]), jnp.float32)
+    operands = (values[: index.k_forward], at // c, at % c)
+    return _rows_first(lax.scan(block, zero, operands)[0], dy.dtype)
+
+
+def _list_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
+    r, high, c, wide = _sides(index)
+    source, cotangent = _features_first(x, r, high), _features_first(dy, c, wide)
+
+    def block(_: None, operands: Any) -> tuple[None, Array]:
+        row, column = operands
+        found = _dot(source[row], cotangent[column], (1, 1))
+        return None, found.astype(x.dtype)
+
+    return lax.scan(block, None, (index.index // c, index.index % c))[1]
+
+
+by_blocks = Product(_list_forward, _list_input_gradient, _list_weight_gradient)
+
+
+# Any list of blocks at once: as many products in one, then sums. Needs memory for the
+# activations of every block, and hardware that likes batches.
+
+
+def _batch_forward(x: Array, values: Array, index: Index) -> Array:
+    r, high, c, _ = _sides(index)
+    at = index.index[: index.k_forward]
+    source = _features_first(x, r, high)
+    parts = jnp.einsum(
+        "nio,nib->nob",
+        values[: index.k_forward],
+        source[at // c],
+        preferred_element_type=jnp.float32,
+    )
+    return _rows_first(jax.ops.segment_sum(parts, at % c, c), x.dtype)
+
+
+def _batch_input_gradient(dy: Array, values: Array, index: Index) -> Array:
+    r, _, c, wide = _sides(index)
+    at = index.index[: index.k_forward]
+    source = _features_first(dy, c, wide)
+    parts = jnp.einsum(
+        "nio,nob->nib",
+        values[: index.k_forward],
+        source[at % c],
+        preferred_element_type=jnp.float32,
+    )
+    return _rows_first(jax.ops.segment_sum(parts, at // c, r), dy.dtype)
+
+
+def _batch_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
+    r, high, c, wide = _sides(index)
+    source, cotangent = _features_first(x, r, high), _features_first(dy, c, wide)
+    found = jnp.einsum(
+        "nib,nob->nio",
+        source[index.index // c],
+        cotangent[index.index % c],
+        preferred_element_type=jnp.float32,
+    )
+    return found.astype(x.dtype)
+
+
+by_batch = Product(_batch_forward, _batch_input_gradient, _batch_weight_gradient)
