@@ -1,7 +1,7 @@
 """Whole train steps of sparse methods, masked layout, against the dense step.
 
     python -m benchmarks.step
-    python -m benchmarks.step --sizes=mlp --repeats=9
+    python -m benchmarks.step --sizes=mlp-4096 --repeats=9
     python -m benchmarks.step --quick
 
 A step is loss, gradient, update and apply in one jit with donated state, AdamW. A step
@@ -11,100 +11,19 @@ caches are as in training. "amortised" is what N steps cost with one refresh amo
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import topkast_jax as tk
 from benchmarks import timing
-from configs import quickstart
-from experiments import tasks
+from benchmarks.problems import PROBLEMS, Problem
 
 PyTree = Any
 DENSE, AGAIN = "dense", "dense, again"
-AXES = {"*/attention/out/kernel": "i i o", "*/attention/*/kernel": "i o o"}
-
-
-class Problem(NamedTuple):
-    """What is trained.
-
-    Attributes:
-      title: of the table.
-      params: as Flax names them.
-      carry: goes from step to step, not trained.
-      loss: (alpha, carry) -> (loss, carry), on one fixed batch.
-      axes: what the axes of the parameters mean.
-    """
-
-    title: str
-    params: PyTree
-    carry: PyTree
-    loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
-    axes: Mapping[str, str]
-
-
-def mlp(widths: Sequence[int], rows: int) -> Problem:
-    """Regression by layers of these widths, input and output included, with ReLU."""
-    *keys, data, target = jax.random.split(jax.random.key(0), len(widths) + 1)
-    x = jax.random.normal(data, (rows, widths[0]))
-    y = jax.random.normal(target, (rows, widths[-1]))
-
-    def layer(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
-        kernel = jax.random.normal(key, (inputs, outputs)) / inputs**0.5
-        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
-
-    def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
-        z = x
-        for i, weights in enumerate(alpha):
-            z = jax.nn.relu(z) if i else z
-            z = z @ weights["kernel"] + weights["bias"]
-        return jnp.mean((z - y) ** 2), carry
-
-    shapes = zip(keys, widths[:-1], widths[1:], strict=True)
-    title = f"MLP {'-'.join(map(str, widths))}, batch {rows}"
-    return Problem(title, [layer(*shape) for shape in shapes], (), loss, {})
-
-
-def transformer(layers: int, width: int, rows: int, segment: int) -> Problem:
-    """The quickstart's Transformer-XL at another size, on random bytes."""
-    config = quickstart.get_config("method=dense")
-    config.batch_size = rows
-    config.model.update(
-        layers=layers,
-        d_model=width,
-        d_head=width // config.model.heads,
-        d_inner=4 * width,
-        segment=segment,
-        memory=segment,
-    )
-    task = tasks.make(config)
-    params, carry = jax.jit(task.init)(jax.random.key(0))
-    text = np.random.default_rng(0).integers(0, 256, (rows, segment + 1), np.int32)
-    batch = {
-        "inputs": jnp.asarray(text[:, :-1]),
-        "targets": jnp.asarray(text[:, 1:]),
-        "weights": jnp.ones((rows, segment)),
-        "start": jnp.zeros(rows, bool),
-    }
-
-    def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
-        value, (carry, _) = task.loss(alpha, carry, batch, jax.random.key(0))
-        return value, carry
-
-    title = f"Transformer-XL, {layers} layers of {width}, batch {rows} x {segment}"
-    return Problem(title, params, carry, loss, AXES)
-
-
-PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "tiny": lambda: mlp((16, 32), rows=8),
-    "mlp": lambda: mlp((1024, 4096, 1024), rows=512),
-    "transformer-small": lambda: transformer(layers=4, width=128, rows=16, segment=64),
-    "transformer": lambda: transformer(layers=4, width=256, rows=16, segment=128),
-}
 
 
 class Variant(NamedTuple):
@@ -236,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
     parser.add_argument(
         "--sizes",
-        default="mlp,transformer-small,transformer",
+        default="mlp-4096,transformer-small,transformer",
         help=f"comma separated, of {', '.join(PROBLEMS)}",
     )
     parser.add_argument("--repeats", type=int, default=9, help="rounds")

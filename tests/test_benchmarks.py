@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks import select, step, timing
+from benchmarks import layouts, problems, select, step, timing
 
 
 def test_select_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,9 +25,24 @@ def test_step_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nan" not in out
 
 
+def test_layouts_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    layouts.main(["--quick"])
+    out = capsys.readouterr().out
+    for way in layouts.WAYS:
+        assert f"| {way.name} " in out
+    assert "nan" not in out and "Top-KAST 90/80" in out
+
+
+@pytest.mark.parametrize("flags", ["--sizes=huge", "--ways=ring", "--sparsities=90"])
+def test_layouts_refuses_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        layouts.main([flags])
+    assert flags.partition("=")[0] in capsys.readouterr().err
+
+
 def test_a_step_refreshes_when_it_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     method = step.tk.top_kast(0.5, 0.2, refresh=step.tk.every(10))
-    training = step.Training(step.mlp((4, 8), rows=4), method)
+    training = step.Training(problems.mlp((4, 8), rows=4), method)
     monkeypatch.setattr(training, "step", lambda: None)
     for timed, refreshes in ((1, False), (9, True)):
         training.before(timed)
