@@ -35,18 +35,21 @@ class Problem(NamedTuple):
     uses: Mapping[str, int]
 
 
-def product(x: jax.Array, weight: Any) -> jax.Array:
-    """x @ weight, whichever form `tk.sparsify` has given it."""
+def product(weight: Any, x: jax.Array) -> jax.Array:
+    """weight^T @ x, whichever form `tk.sparsify` has given the weight."""
     if isinstance(weight, tk.BlockMatrix):
-        return tk.ops.sparse_matmul(x, weight)
-    return x @ weight
+        return tk.ops.sparse_matmul(x, weight, features_first=True)
+    return weight.T @ x
 
 
 def mlp(widths: Sequence[int], rows: int) -> Problem:
-    """Regression by layers of these widths, input and output included, with ReLU."""
+    """Regression by layers of these widths, input and output included, with ReLU.
+
+    Activations are [features, rows], the dense ones too.
+    """
     *keys, data, target = jax.random.split(jax.random.key(0), len(widths) + 1)
-    x = jax.random.normal(data, (rows, widths[0]))
-    y = jax.random.normal(target, (rows, widths[-1]))
+    x = jax.random.normal(data, (widths[0], rows))
+    y = jax.random.normal(target, (widths[-1], rows))
 
     def layer(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
         kernel = jax.random.normal(key, (inputs, outputs)) / inputs**0.5
@@ -56,7 +59,7 @@ def mlp(widths: Sequence[int], rows: int) -> Problem:
         z = x
         for i, weights in enumerate(alpha):
             z = jax.nn.relu(z) if i else z
-            z = product(z, weights["kernel"]) + weights["bias"]
+            z = product(weights["kernel"], z) + weights["bias"][:, None]
         return jnp.mean((z - y) ** 2), carry
 
     shapes = zip(keys, widths[:-1], widths[1:], strict=True)

@@ -25,10 +25,12 @@ WORTHWHILE = 1024
 
 
 def sparse_matmul(
-    x: Float[Array, "*rows inputs"],
+    x: Float[Array, "..."],
     matrix: BlockMatrix,
     implementation: str | None = None,
-) -> Float[Array, "*rows outputs"]:
+    *,
+    features_first: bool = False,
+) -> Float[Array, "..."]:
     """x @ W for a matrix that is stored by units, W on A forward and its gradient on B.
 
     Differentiable once, in reverse: the gradient of x uses A, that of the values reaches
@@ -36,11 +38,13 @@ def sparse_matmul(
     and only "expanded" forms that.
 
     Args:
-      x: activations.
+      x: activations [..., inputs]; or [inputs, rows], see `features_first`.
       matrix: of one slice; its window and inputs are contracted, flattened in C order.
       implementation: a name of `IMPLEMENTATIONS`; None chooses by structure and shape.
+      features_first: computes W^T x for x [inputs, rows]. Blocks are multiplied in this
+        form; a network that keeps its activations so saves two transpositions a layer.
     Returns:
-      Outputs, flattened in C order.
+      [..., outputs], or [outputs, rows]; outputs are flattened in C order.
     Raises:
       NotImplementedError: the named implementation does not do this structure.
       ValueError: an unknown name, or shapes that do not fit.
@@ -51,13 +55,14 @@ def sparse_matmul(
             f"implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
         )
     _, inputs, outputs = matrix.index.here.whole
-    if x.shape[-1] != inputs:
+    if (x.shape[0] if features_first else x.shape[-1]) != inputs:
         raise ValueError(
             f"x of shape {x.shape} does not fit a matrix of {inputs} inputs"
         )
-    rows = x.reshape(-1, inputs)
-    y = _matmul(name, rows, matrix.values, matrix.index)
-    return y.reshape(*x.shape[:-1], outputs)
+    if features_first:
+        return _matmul(name, x, matrix.values, matrix.index)
+    y = _matmul(name, x.reshape(-1, inputs).T, matrix.values, matrix.index)
+    return y.T.reshape(*x.shape[:-1], outputs)
 
 
 def choose(index: Index) -> str:

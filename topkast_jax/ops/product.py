@@ -9,13 +9,13 @@ from topkast_jax.layouts.packed import Index
 
 
 class Product(NamedTuple):
-    """The three products of a layer y = x W, with W on A forward and dW on B.
+    """The three products of a layer y = W^T x, with W on A forward and dW on B.
 
-    Each raises NotImplementedError for what it cannot do, before anything is computed.
+    Activations are [features, n]: the rows of a block are then contiguous. Each raises NotImplementedError for what it cannot do, before anything is computed.
 
     Attributes:
-      forward: `(x [n, inputs], values, index) -> y [n, outputs]`, with A.
-      input_gradient: `(dy [n, outputs], values, index) -> dx [n, inputs]`, with A.
+      forward: `(x [inputs, n], values, index) -> y [outputs, n]`, with A.
+      input_gradient: `(dy [outputs, n], values, index) -> dx [inputs, n]`, with A.
       weight_gradient: `(x, dy, index) -> [n_B, *unit]`, for all of B.
     """
 

@@ -11,15 +11,15 @@ from topkast_jax.ops.product import Product
 
 
 def _forward(x: Array, values: Array, index: Index) -> Array:
-    return x @ index.here.matrix(expand(values, index))
+    return index.here.matrix(expand(values, index)).T @ x
 
 
 def _input_gradient(dy: Array, values: Array, index: Index) -> Array:
-    return dy @ index.here.matrix(expand(values, index)).T
+    return index.here.matrix(expand(values, index)) @ dy
 
 
 def _weight_gradient(x: Array, dy: Array, index: Index) -> Array:
-    return gather(index.here.from_matrix(x.T @ dy), index)
+    return gather(index.here.from_matrix(x @ dy.T), index)
 
 
 expanded = Product(_forward, _input_gradient, _weight_gradient)

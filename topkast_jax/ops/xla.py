@@ -1,7 +1,6 @@
 """Sparse products as loops over blocks, in plain XLA.
 
-Both forms turn the activations to [features, rows] first, so that the rows of a block
-are contiguous, and add in float32.
+All add in float32.
 """
 
 from typing import Any
@@ -27,14 +26,14 @@ def _sides(index: Index) -> tuple[int, int, int, int]:
     return inputs // high, high, outputs // wide, wide
 
 
-def _features_first(x: Array, parts: int, side: int) -> Array:
-    """[rows, features] as [parts, side, rows]."""
-    return x.T.reshape(parts, side, x.shape[0])
+def _parts(x: Array, parts: int, side: int) -> Array:
+    """[features, n] as [parts, side, n]."""
+    return x.reshape(parts, side, x.shape[-1])
 
 
-def _rows_first(x: Array, dtype: Any) -> Array:
-    """Inverse of `_features_first`."""
-    return x.reshape(-1, x.shape[-1]).T.astype(dtype)
+def _joined(x: Array, dtype: Any) -> Array:
+    """Inverse of `_parts`."""
+    return x.reshape(-1, x.shape[-1]).astype(dtype)
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
@@ -59,7 +58,7 @@ def _columns_forward(x: Array, values: Array, index: Index) -> Array:
     r, high, c, wide, rows, _ = _columns(index)
     n = rows.shape[1]
     blocks = values[: index.k_forward].reshape(c, n * high, wide)
-    source = _features_first(x, r, high)
+    source = _parts(x, r, high)
 
     def column(_: None, operands: Any) -> tuple[None, Array]:
         block, at = operands
@@ -67,7 +66,7 @@ def _columns_forward(x: Array, values: Array, index: Index) -> Array:
         return None, _dot(block, seen.reshape(n * high, -1), (0, 0))
 
     _, y = lax.scan(column, None, (blocks, rows))
-    return _rows_first(y, x.dtype)
+    return _joined(y, x.dtype)
 
 
 def _columns_input_gradient(dy: Array, values: Array, index: Index) -> Array:
@@ -81,16 +80,16 @@ def _columns_input_gradient(dy: Array, values: Array, index: Index) -> Array:
         options: Any = dict(unique_indices=True, mode="promise_in_bounds")
         return dx.at[at].add(part, **options), None
 
-    zero = jnp.zeros((r, high, dy.shape[0]), jnp.float32)
-    operands = (blocks, rows, _features_first(dy, c, wide))
-    return _rows_first(lax.scan(column, zero, operands)[0], dy.dtype)
+    zero = jnp.zeros((r, high, dy.shape[-1]), jnp.float32)
+    operands = (blocks, rows, _parts(dy, c, wide))
+    return _joined(lax.scan(column, zero, operands)[0], dy.dtype)
 
 
 def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
     r, high, c, wide, first, rest = _columns(index)
     rows = jnp.concatenate([first, rest], axis=1)
     n = rows.shape[1]
-    source = _features_first(x, r, high)
+    source = _parts(x, r, high)
 
     def column(_: None, operands: Any) -> tuple[None, Array]:
         at, g = operands
@@ -98,7 +97,7 @@ def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         part = _dot(seen.reshape(n * high, -1), g, (1, 1))
         return None, part.astype(x.dtype).reshape(n, high, wide)
 
-    _, found = lax.scan(column, None, (rows, _features_first(dy, c, wide)))
+    _, found = lax.scan(column, None, (rows, _parts(dy, c, wide)))
     split = first.shape[1]
     parts = (found[:, :split], found[:, split:])
     return jnp.concatenate([part.reshape(-1, high, wide) for part in parts])
@@ -115,34 +114,34 @@ by_columns = Product(
 def _list_forward(x: Array, values: Array, index: Index) -> Array:
     r, high, c, wide = _sides(index)
     at = index.index[: index.k_forward]
-    source = _features_first(x, r, high)
+    source = _parts(x, r, high)
 
     def block(y: Array, operands: Any) -> tuple[Array, None]:
         value, row, column = operands
         return y.at[column].add(_dot(value, source[row], (0, 0))), None
 
-    zero = jnp.zeros((c, wide, x.shape[0]), jnp.float32)
+    zero = jnp.zeros((c, wide, x.shape[-1]), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _rows_first(lax.scan(block, zero, operands)[0], x.dtype)
+    return _joined(lax.scan(block, zero, operands)[0], x.dtype)
 
 
 def _list_input_gradient(dy: Array, values: Array, index: Index) -> Array:
     r, high, c, wide = _sides(index)
     at = index.index[: index.k_forward]
-    source = _features_first(dy, c, wide)
+    source = _parts(dy, c, wide)
 
     def block(dx: Array, operands: Any) -> tuple[Array, None]:
         value, row, column = operands
         return dx.at[row].add(_dot(value, source[column], (1, 0))), None
 
-    zero = jnp.zeros((r, high, dy.shape[0]), jnp.float32)
+    zero = jnp.zeros((r, high, dy.shape[-1]), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _rows_first(lax.scan(block, zero, operands)[0], dy.dtype)
+    return _joined(lax.scan(block, zero, operands)[0], dy.dtype)
 
 
 def _list_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
     r, high, c, wide = _sides(index)
-    source, cotangent = _features_first(x, r, high), _features_first(dy, c, wide)
+    source, cotangent = _parts(x, r, high), _parts(dy, c, wide)
 
     def block(_: None, operands: Any) -> tuple[None, Array]:
         row, column = operands
@@ -162,32 +161,32 @@ by_blocks = Product(_list_forward, _list_input_gradient, _list_weight_gradient)
 def _batch_forward(x: Array, values: Array, index: Index) -> Array:
     r, high, c, _ = _sides(index)
     at = index.index[: index.k_forward]
-    source = _features_first(x, r, high)
+    source = _parts(x, r, high)
     parts = jnp.einsum(
         "nio,nib->nob",
         values[: index.k_forward],
         source[at // c],
         preferred_element_type=jnp.float32,
     )
-    return _rows_first(jax.ops.segment_sum(parts, at % c, c), x.dtype)
+    return _joined(jax.ops.segment_sum(parts, at % c, c), x.dtype)
 
 
 def _batch_input_gradient(dy: Array, values: Array, index: Index) -> Array:
     r, _, c, wide = _sides(index)
     at = index.index[: index.k_forward]
-    source = _features_first(dy, c, wide)
+    source = _parts(dy, c, wide)
     parts = jnp.einsum(
         "nio,nob->nib",
         values[: index.k_forward],
         source[at % c],
         preferred_element_type=jnp.float32,
     )
-    return _rows_first(jax.ops.segment_sum(parts, at // c, r), dy.dtype)
+    return _joined(jax.ops.segment_sum(parts, at // c, r), dy.dtype)
 
 
 def _batch_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
     r, high, c, wide = _sides(index)
-    source, cotangent = _features_first(x, r, high), _features_first(dy, c, wide)
+    source, cotangent = _parts(x, r, high), _parts(dy, c, wide)
     found = jnp.einsum(
         "nib,nob->nio",
         source[index.index // c],
