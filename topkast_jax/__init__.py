@@ -1,5 +1,8 @@
 """Always-sparse training in JAX: Top-KAST and its peers as optax transformations."""
 
+import importlib
+from typing import Any
+
 from topkast_jax import metrics, ops
 from topkast_jax._trees import axes, kernels, masks
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
@@ -18,6 +21,14 @@ from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import state_shardings
 from topkast_jax.structure import Structure, blocks, fan_in, n_of_m, unstructured
 from topkast_jax.transformation import Sparse, plan
+
+
+def __getattr__(name: str) -> Any:
+    """`tk.flax`, on demand: the library itself does not need flax."""
+    if name == "flax":
+        return importlib.import_module("topkast_jax.flax")
+    raise AttributeError(f"module 'topkast_jax' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+import topkast_jax as tk
 from experiments.data import stream, tiny_shakespeare
 from experiments.models.transformer_xl import Memory, TransformerXL, forget
 from experiments.tasks.task import Batch, Config, Params, Scalars, Sums, Task
@@ -66,6 +67,7 @@ def language_model(config: Config) -> Task:
       ValueError: a setting that makes no sense; it is named.
     """
     model = build_model(config)
+    apply = tk.flax.apply(model)
     rows, segment = config.batch_size, config.model.segment
     if rows < 1:
         raise ValueError(f"config.batch_size is {rows}; it must be at least 1")
@@ -79,7 +81,7 @@ def language_model(config: Config) -> Task:
         alpha: Params, memory: Memory, batch: Batch, key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], Memory]:
         """Summed cross entropy of what counts; dropout where a key is given."""
-        output: Any = model.apply(
+        output: Any = apply(
             {"params": alpha},
             batch["inputs"],  # [B, T]
             forget(memory, batch["start"]),

@@ -25,7 +25,7 @@ WORTHWHILE = 1024
 
 
 def sparse_matmul(
-    x: Float[Array, "..."],
+    x: Any,
     matrix: BlockMatrix,
     implementation: str | None = None,
     *,
@@ -49,6 +49,7 @@ def sparse_matmul(
       NotImplementedError: the named implementation does not do this structure.
       ValueError: an unknown name, or shapes that do not fit.
     """
+    x = jnp.asarray(x)
     name = choose(matrix.index) if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(

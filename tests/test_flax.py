@@ -1,0 +1,162 @@
+"""Sparse products in unmodified Linen models: same numbers as the dense model."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import topkast_jax as tk
+
+KEY = jax.random.key(0)
+
+
+class Mixed(nn.Module):
+    """One layer of every kind, those included that cannot multiply by blocks."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:  # [B, 6, 6, 16]
+        x = nn.relu(nn.Conv(16, (3, 3), name="window")(x))
+        x = nn.relu(nn.Conv(32, (1, 1), strides=(2, 2), name="point")(x))
+        x = x.mean((1, 2))
+        x = nn.DenseGeneral((4, 8), name="split")(x)
+        x = jnp.tanh(x)
+        x = nn.DenseGeneral(16, axis=(-2, -1), name="join")(x)
+        x = nn.Einsum((16, 16), "bi,io->bo", name="einsum")(x)
+        scale = self.param("kernel", nn.initializers.lecun_normal(), (16, 16))
+        return nn.Dense(16, name="out")(x @ scale)
+
+
+class Stacked(nn.Module):
+    """Three layers under one nn.scan, rematerialised."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, _: None) -> Any:
+                return x + jnp.tanh(nn.Dense(16, name="dense")(x)), None
+
+        scan = nn.scan(
+            nn.remat(Layer),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scan(name="layers")(x, None)[0]
+
+
+AXES = {
+    "split/kernel": "i o o",
+    "join/kernel": "i i o",
+    "layers/*/kernel": "s i o",
+}
+
+
+def start(model: nn.Module, x: Any, layout: Any, structure: tk.Structure) -> Any:
+    params = model.init(KEY, x)["params"]
+    known = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = ["/".join(k.key for k in path) for path, _ in known]
+    axes = {
+        p: a for p, a in AXES.items() if p in names or "layers/dense/kernel" in names
+    }
+    axes = {
+        p: a for p, a in axes.items() if ("layers" in p) == isinstance(model, Stacked)
+    }
+    method = tk.top_kast(0.5, 0.25, structure=structure)
+    tx = tk.sparse(optax.sgd(0.1), method, layout=layout, axes=tk.axes(axes))
+    return tk.start(tx, params)
+
+
+def compare(model: nn.Module, x: Any, layout: Any, structure: tk.Structure) -> Any:
+    """Outputs and gradients through units against those through dense arrays."""
+    theta, state, _ = start(model, x, layout, structure)
+    apply = jax.jit(tk.flax.apply(model))
+
+    def loss(theta: Any, expanded: bool) -> Any:
+        alpha = tk.sparsify(theta, tk.masks(state), expanded=expanded)
+        run = model.apply if expanded else apply
+        return jnp.sum(jnp.sin(run({"params": alpha}, x)))
+
+    one = jax.value_and_grad(loss)(theta, True)
+    two = jax.value_and_grad(loss)(theta, False)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two
+    )
+    alpha = tk.sparsify(theta, tk.masks(state), expanded=False)
+    return tk.flax.routes(model, {"params": alpha}, x)
+
+
+@pytest.mark.parametrize("layout", ["packed", "block"])
+def test_every_kind_of_layer(layout):
+    x = jax.random.normal(KEY, (2, 6, 6, 16))
+    found = compare(Mixed(), x, layout, tk.blocks(8, 8))
+    assert found == {
+        "window/kernel": "expanded: Conv has a window of 3x3",
+        "point/kernel": "expanded",
+        "split/kernel": "expanded",
+        "join/kernel": "expanded",
+        "einsum/kernel": "expanded: Einsum is not a Dense, DenseGeneral or 1x1 Conv layer",
+        "kernel": "expanded: Mixed is not a Dense, DenseGeneral or 1x1 Conv layer",
+        "out/kernel": "expanded",
+    }
+
+
+def test_blocks_worth_a_product_of_their_own():
+    x = jax.random.normal(KEY, (4, 64))
+    for structure, expected in (
+        (tk.blocks(32, 32), "blocks"),
+        (tk.fan_in(1, 64), "columns"),
+        (tk.fan_in(), "expanded"),
+        (tk.unstructured, "expanded"),
+    ):
+        found = compare(nn.Dense(128), x, "block", structure)
+        assert found == {"kernel": expected}
+
+
+@pytest.mark.parametrize(
+    "structure", [tk.unstructured, tk.blocks(8, 8), tk.fan_in(2, 16)]
+)
+def test_inside_scan_and_remat(structure):
+    found = compare(Stacked(), jax.random.normal(KEY, (2, 16)), "block", structure)
+    assert set(found) == {"layers/dense/kernel"}
+
+
+def test_dense_parameters_pass_as_they_are():
+    model, x = nn.Dense(4), jnp.ones((2, 8))
+    variables = model.init(KEY, x)
+    np.testing.assert_array_equal(
+        tk.flax.apply(model)(variables, x), model.apply(variables, x)
+    )
+    assert tk.flax.routes(model, variables, x) == {}
+
+
+def test_axes_that_do_not_fit_the_layer():
+    """A kernel whose declared axes are not what the layer contracts is expanded."""
+    model, x = nn.DenseGeneral((4, 8)), jnp.ones((2, 16))
+    params = model.init(KEY, x)["params"]
+    tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="block")
+    theta, state, _ = tk.start(tx, params)
+    alpha = tk.sparsify(theta, tk.masks(state))
+    (said,) = tk.flax.routes(model, {"params": alpha}, x).values()
+    assert said.startswith("expanded: its axes are declared to have 64 inputs")
+    dense = model.apply({"params": tk.export(theta, state)}, x)
+    np.testing.assert_allclose(
+        tk.flax.apply(model)({"params": alpha}, x), dense, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_computes_in_the_dtype_of_the_layer():
+    model = nn.Dense(64, dtype=jnp.bfloat16)
+    x = jax.random.normal(KEY, (4, 64))
+    theta, state, _ = start(model, x, "block", tk.blocks(32, 32))
+    alpha = tk.sparsify(theta, tk.masks(state))
+    y = tk.flax.apply(model)({"params": alpha}, x)
+    assert y.dtype == jnp.bfloat16
+    dense = model.apply({"params": tk.export(theta, state)}, x)
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), dense.astype(jnp.float32), atol=0.05
+    )

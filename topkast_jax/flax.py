@@ -1,0 +1,222 @@
+"""Sparse products inside unmodified Flax models.
+
+The only module of the library that imports flax; `import topkast_jax.flax` asks for it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from topkast_jax._types import PyTree
+from topkast_jax.layouts.packed import BlockMatrix, expand
+from topkast_jax.ops import sparse_matmul
+from topkast_jax.ops.api import choose
+
+Path = tuple[str, ...]
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
+
+
+class Contraction(NamedTuple):
+    """How a layer multiplies by its kernel.
+
+    Attributes:
+      axes: of the input that are contracted, ascending and last.
+      features: shape of what they become.
+      steps: strides along the spatial axes of a 1x1 convolution.
+    """
+
+    axes: tuple[int, ...]
+    features: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+
+
+def apply(model: nn.Module) -> Callable[..., Any]:
+    """`model.apply` for parameters that hold `tk.BlockMatrix` leaves.
+
+    nn.Dense, nn.DenseGeneral and 1x1 nn.Conv layers multiply by units, also inside
+    nn.scan and nn.remat; no other layer can, so their parameters are expanded first.
+    `routes` tells which is which. Parameters without a BlockMatrix go to `model.apply`
+    as they are.
+
+    Args:
+      model: any Linen module.
+    Returns:
+      `(variables, *args, **kwargs)`, as `model.apply`.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> model = nn.Dense(4)
+      >>> x = jnp.ones((2, 8))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="block")
+      >>> theta, opt_state, _ = tk.start(tx, params)
+      >>> alpha = tk.sparsify(theta, tk.masks(opt_state))
+      >>> dense = model.apply({"params": tk.export(theta, opt_state)}, x)
+      >>> bool(jnp.allclose(apply(model)({"params": alpha}, x), dense))
+      True
+    """
+
+    def call(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not _sparse(variables["params"]):
+            return model.apply(variables, *args, **kwargs)
+        reasons = _reasons(model, variables, *args, **kwargs)
+
+        def ready(path: Any, leaf: Any) -> Any:
+            if isinstance(leaf, BlockMatrix) and reasons.get(_words(path), "unused"):
+                return expand(leaf.values, leaf.index)
+            return leaf
+
+        params = jax.tree_util.tree_map_with_path(
+            ready, variables["params"], is_leaf=_is_block
+        )
+        with nn.intercept_methods(_multiply):
+            return model.apply({**variables, "params": params}, *args, **kwargs)
+
+    return call
+
+
+def routes(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, str]:
+    """How each sparse parameter of a model is multiplied, by path.
+
+    Args:
+      model: any Linen module.
+      variables: with `tk.BlockMatrix` leaves under "params".
+      *args: of the call; shapes suffice.
+      **kwargs: of the call.
+    Returns:
+      The name of an implementation (`tk.ops.IMPLEMENTATIONS`), or "expanded: " and why
+      the layer cannot multiply by units.
+    """
+    reasons = _reasons(model, variables, *args, **kwargs)
+    found = {}
+    for path, matrix in _sparse(variables["params"]).items():
+        reason = reasons.get(path, "no layer of the model multiplies by it")
+        found["/".join(path)] = (
+            f"expanded: {reason}" if reason else choose(matrix.index)
+        )
+    return found
+
+
+def _is_block(node: Any) -> bool:
+    return isinstance(node, BlockMatrix)
+
+
+def _words(path: Any) -> Path:
+    return tuple(str(key.key) for key in path)
+
+
+def _sparse(params: PyTree) -> dict[Path, BlockMatrix]:
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_block)[0]
+    return {_words(path): leaf for path, leaf in flat if _is_block(leaf)}
+
+
+def _reasons(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[Path, str]:
+    """Why the layer of each sparse kernel cannot multiply by units; "" where it can.
+
+    From one abstract call with dense shapes.
+    """
+    sparse = _sparse(variables["params"])
+    found: dict[Path, str] = {}
+
+    def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        path = (*module.path, "kernel")
+        if context.method_name == "__call__" and path in sparse:
+            why = _why_not(module, args, kwargs, sparse[path])
+            found[path] = found.get(path) or why
+        return next_call(*args, **kwargs)
+
+    def dense(leaf: Any) -> Any:
+        if not _is_block(leaf):
+            return leaf
+        return jnp.zeros(leaf.index.grid.shape, leaf.values.dtype)
+
+    def abstract(variables: Any) -> Any:
+        params = jax.tree.map(dense, variables["params"], is_leaf=_is_block)
+        with nn.intercept_methods(record):
+            return model.apply({**variables, "params": params}, *args, **kwargs)
+
+    jax.eval_shape(abstract, variables)
+    return found
+
+
+def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> str:
+    if not isinstance(module, _LAYERS):
+        return f"{type(module).__name__} is not a Dense, DenseGeneral or 1x1 Conv layer"
+    if len(args) != 1 or kwargs:
+        return f"{type(module).__name__} was called with more than its input"
+    if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
+        return "the layer has a dot_general of its own"
+    try:
+        contraction = _contraction(module, args[0])
+    except NotImplementedError as error:
+        return str(error)
+    grid = matrix.index.grid
+    grid = grid.inner(len(grid.stack))
+    inputs = tuple(sorted(grid.axes.window + grid.axes.inputs))
+    contracted = int(np.prod([args[0].shape[a] for a in contraction.axes]))
+    if inputs != tuple(range(len(inputs))) or contracted != grid.whole[1]:
+        return (
+            f"its axes are declared to have {grid.whole[1]} inputs, and the layer "
+            f"contracts {contracted}; declare them with tk.axes"
+        )
+    return ""
+
+
+def _contraction(module: Any, x: Any) -> Contraction:
+    if isinstance(module, nn.Dense):
+        return Contraction((x.ndim - 1,), (module.features,))
+    if isinstance(module, nn.DenseGeneral):
+        axes = tuple(sorted(a % x.ndim for a in np.atleast_1d(module.axis).tolist()))
+        given = tuple(a % x.ndim for a in np.atleast_1d(module.axis).tolist())
+        if len(np.atleast_1d(module.batch_dims)):
+            raise NotImplementedError("DenseGeneral has batch dimensions")
+        if axes != given or axes != tuple(range(x.ndim - len(axes), x.ndim)):
+            raise NotImplementedError("DenseGeneral contracts other than its last axes")
+        return Contraction(axes, tuple(np.atleast_1d(module.features).tolist()))
+    return _pointwise(module, x)
+
+
+def _pointwise(module: Any, x: Any) -> Contraction:
+    size = tuple(np.atleast_1d(module.kernel_size).tolist())
+    if set(size) != {1} or x.ndim != len(size) + 2:
+        raise NotImplementedError(f"Conv has a window of {'x'.join(map(str, size))}")
+    if module.feature_group_count != 1 or module.mask is not None:
+        raise NotImplementedError("Conv has feature groups or a mask")
+    if module.padding not in ("SAME", "VALID"):
+        raise NotImplementedError(f"Conv has the padding {module.padding!r}")
+    if set(np.atleast_1d(module.input_dilation or 1).tolist()) != {1}:
+        raise NotImplementedError("Conv dilates its input")
+    if module.conv_general_dilated or module.conv_general_dilated_cls:
+        raise NotImplementedError("the layer has a convolution of its own")
+    strides = np.broadcast_to(module.strides or 1, len(size)).tolist()
+    return Contraction((x.ndim - 1,), (module.features,), tuple(strides))
+
+
+def _multiply(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Interceptor: the layer's own call, with a sparse product for its kernel."""
+    module: Any = context.module
+    if context.method_name != "__call__" or not isinstance(module, _LAYERS):
+        return next_call(*args, **kwargs)
+    kernel: Any = module.get_variable("params", "kernel")
+    if not isinstance(kernel, BlockMatrix):
+        return next_call(*args, **kwargs)
+    (x,) = args
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    x, values, bias = module.promote_dtype(x, kernel.values, bias, dtype=module.dtype)
+    contraction = _contraction(module, x)
+    if contraction.steps:
+        x = x[(slice(None), *(slice(None, None, s) for s in contraction.steps))]
+    rows = x.shape[: contraction.axes[0]]
+    flat: Array = x.reshape(*rows, -1)
+    y = sparse_matmul(flat, BlockMatrix(values, kernel.index))
+    y = y.reshape(*rows, *contraction.features)
+    return y if bias is None else y + bias.reshape((1,) * len(rows) + bias.shape)
