@@ -1,10 +1,11 @@
 """What the updates notice by themselves: gradients that leak, NaN and Inf."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -12,58 +13,63 @@ from topkast_jax import _trees
 from topkast_jax._trees import Parameter
 from topkast_jax._types import SparseState
 
-
-def cond(
-    condition: Array, yes: Callable[[Any], Any], no: Callable[[Any], Any], operand: Any
-) -> Any:
-    """lax.cond, but a plain branch outside of jit: there it would compile every time."""
-    if isinstance(condition, jax.core.Tracer):
-        return lax.cond(condition, yes, no, operand)
-    return yes(operand) if condition else no(operand)
+T = TypeVar("T")
 
 
-def faults(grads: list[Array], unseen: dict[int, Array]) -> tuple[Array, Array]:
-    """Which gradients are not finite, bool [leaves], and whether any leaked.
+def when(condition: Array, change: Callable[[T], T], operand: T) -> T:
+    """`change(operand)` where a condition holds, else the operand, without copies.
 
-    One pass finds whether there is a fault; which one is asked only where there is.
+    A loop of at most one turn: its operand is replaced in place, where a `lax.cond`
+    copies it to its result. So no reverse-mode derivative passes.
+    """
+    if not isinstance(condition, jax.core.Tracer):
+        return change(operand) if condition else operand
+
+    def turn(carry: Any) -> Any:
+        return jnp.zeros_like(carry[0]), change(carry[1])
+
+    return lax.while_loop(lambda carry: carry[0], turn, (condition, operand))[1]
+
+
+def count(grad: Array, seen: Array | None = None) -> tuple[Array, Array]:
+    """How many entries of a gradient are NaN or Inf, and whether any leaked.
+
+    Both in one pass: a reduction of its own for each costs several times as much, and
+    a branch that looks closer only where needed would have the gradient written out.
 
     Args:
-      grads: one for each parameter.
-      unseen: by index, where a gradient is nonzero though it should not be.
+      grad: of any shape.
+      seen: where it may be nonzero; None for everywhere.
+    Returns:
+      int32 scalar, bool scalar.
     """
-    odd = [
-        jnp.any(~jnp.isfinite(g) | unseen[i] if i in unseen else ~jnp.isfinite(g))
-        for i, g in enumerate(grads)
-    ]
+    bad = (~jnp.isfinite(grad)).astype(jnp.int32)
+    leak = jnp.zeros_like(bad, bool) if seen is None else ~seen & (grad != 0)
 
-    def look(_: None) -> tuple[Array, Array]:
-        bad = jnp.stack([jnp.any(~jnp.isfinite(g)) for g in grads])
-        leaks = [jnp.any(x) for x in unseen.values()]
-        return bad, jnp.stack(leaks).any() if leaks else jnp.zeros((), bool)
+    def add(one: Any, two: Any) -> Any:
+        return one[0] + two[0], one[1] | two[1]
 
-    def sound(_: None) -> tuple[Array, Array]:
-        return jnp.zeros(len(grads), bool), jnp.zeros((), bool)
-
-    return cond(jnp.stack(odd).any(), look, sound, None)
+    zeros = (np.int32(0), np.bool_(False))
+    found: Any = lax.reduce((bad, leak), zeros, add, tuple(range(grad.ndim)))
+    return found
 
 
 def first_nonfinite(
-    state: SparseState, params: list[Parameter], grads: list[Array], bad: Array
+    state: SparseState, params: list[Parameter], counts: Array
 ) -> dict[str, Any]:
-    """Fields of the state about the first NaN or Inf in a gradient."""
+    """Fields of the state about the first NaN or Inf in a gradient.
+
+    Args:
+      state: before the update.
+      params: in flattening order.
+      counts: int32 [leaves], from `count`.
+    """
+    bad = counts > 0
     first = bad.any() & (state.nonfinite_step < 0)
     names = jnp.array([_trees.path_id(p.path) for p in params], jnp.uint32)
-
-    def count() -> Array:
-        each = [jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in grads]
-        return jnp.stack(each)[jnp.argmax(bad)]
-
+    which = jnp.argmax(bad)
     return {
         "nonfinite_step": jnp.where(first, state.sparse_step, state.nonfinite_step),
-        "nonfinite_leaf": jnp.where(
-            first, names[jnp.argmax(bad)], state.nonfinite_leaf
-        ),
-        "nonfinite_count": cond(
-            first, lambda _: count(), lambda x: x, state.nonfinite_count
-        ),
+        "nonfinite_leaf": jnp.where(first, names[which], state.nonfinite_leaf),
+        "nonfinite_count": jnp.where(first, counts[which], state.nonfinite_count),
     }

@@ -1,6 +1,6 @@
 """The optax transformation: one update of an always-sparse network, on one screen."""
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -20,16 +20,14 @@ from topkast_jax._types import (
 )
 from topkast_jax.layouts.masked import MaskedLeaf
 from topkast_jax.plan import Site
-from topkast_jax.transformation import Layout, Recipe, Reset, Sparse
-
-LAYOUTS = get_args(Layout)
+from topkast_jax.transformation import LAYOUTS, Recipe, Reset, Sparse
 
 
 def sparse(
     inner: optax.GradientTransformation,
     method: Method,
     *,
-    layout: Layout = "masked",
+    layout: str = "masked",
     seed: int | Array = 0,
     axes: AxesRules | None = None,
     reset: Reset = "init",
@@ -165,10 +163,11 @@ def sparse(
             return rest.astype(dtype)
 
         # 1. The gradient on B and P. Anything nonzero elsewhere is a leak.
-        grads, unseen = {}, {}
+        grads = {}
+        odd = {i: faults.count(g) for i, g in enumerate(raw) if i not in sets}
         for i in sets:
             seen = backward[i] if probe[i] is None else backward[i] | probe[i]
-            unseen[i] = ~seen & (raw[i] != 0)
+            odd[i] = faults.count(raw[i], seen)
             grads[i] = _on(seen, raw[i])
             if method.observe is not None:
                 memory[i] = method.observe(grads[i], memory[i])
@@ -219,16 +218,14 @@ def sparse(
         def refreshed_if_finite(operand: _Moving) -> _Moving:
             moved = ahead or _add(theta, operand.u)
             finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
-            return faults.cond(
-                jnp.stack(finite).all(), refreshed, lambda same: same, operand
-            )
+            return faults.when(jnp.stack(finite).all(), refreshed, operand)
 
-        bad, leaked = faults.faults(raw, unseen)
+        bad = jnp.stack([odd[i][0] for i in range(len(raw))])
+        leaked = jnp.stack([leak for _, leak in odd.values()]).any()
         after = _Moving(sets, memory, u, inner_state)
         if method.due is not None:
-            after = faults.cond(
-                due(step + 1) & ~bad.any(), refreshed_if_finite, lambda x: x, after
-            )
+            now = due(step + 1) & (bad == 0).all()
+            after = faults.when(now, refreshed_if_finite, after)
         return treedef.unflatten(after.u), SparseState(
             sparse_step=jnp.asarray(optax.safe_increment(step)),
             sparse_seed=state.sparse_seed,
@@ -236,7 +233,7 @@ def sparse(
             sparse_memory=_scatter(treedef, after.memory),
             sparse_reservoir=state.sparse_reservoir,
             leaks=state.leaks + leaked.astype(jnp.int32),
-            **faults.first_nonfinite(state, flat, raw, bad),
+            **faults.first_nonfinite(state, flat, bad),
             sparse_inner=after.inner,
         )
 

@@ -87,12 +87,12 @@ def transformation(recipe: Recipe) -> Sparse:
         for i in sparse:
             if method.adjust is not None:
                 u[i] = method.adjust(u[i], leaf(i), memory[i])
-        bad, _ = faults.faults(raw, {})
+        bad = jnp.stack([faults.count(g)[0] for g in raw])
         return treedef.unflatten(u), state._replace(
             sparse_step=jnp.asarray(optax.safe_increment(step)),
             sparse_memory=treedef.unflatten(memory),
             sparse_inner=inner_state,
-            **faults.first_nonfinite(state, flat, raw, bad),
+            **faults.first_nonfinite(state, flat, bad),
         )
 
     return Sparse(init_fn, update_fn, recipe)

@@ -11,7 +11,7 @@ from topkast_jax._types import Method, PyTree, Schedule
 from topkast_jax.plan import Plan
 
 Reset = Literal["init", "keep"]
-Layout = Literal["masked", "packed", "block"]
+LAYOUTS = ("masked", "packed", "block")
 
 
 class Recipe(NamedTuple):
@@ -19,7 +19,7 @@ class Recipe(NamedTuple):
 
     inner: optax.GradientTransformationExtraArgs
     method: Method
-    layout: Layout
+    layout: str
     seed: Any
     axes: AxesRules
     reset: Reset

@@ -10,8 +10,8 @@ def judge(found: dict[str, Any], updates: int, steps: int) -> None:
     alone = {c: r for c, r in found.items() if c.startswith("update/")}
     assert len(alone) == updates
     for cell, result in alone.items():
-        # Given its gradients, the whole update moves less than 1 % of a weight.
-        assert sum(result["moved"]) < result["smallest_weight"] / 100, (cell, result)
+        # Given its gradients, the whole update moves counts: a number of each device.
+        assert max(result["moved"], default=0) <= 8, (cell, result)
         assert result["reductions"] > 0, cell
     whole = {c: r for c, r in found.items() if c.startswith("step/")}
     assert len(whole) == steps
