@@ -9,7 +9,7 @@ Other methods and sparsities, from the same file:
 
     --config=configs/quickstart.py:method=dense|static|set|rigl|top_kast
     --config=configs/quickstart.py:forward=0.95,backward=0.9
-    --config=configs/quickstart.py:structure=blocks:8x128
+    --config=configs/quickstart.py:layout=block,structure=fan_in:1x64
     --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
 
 Expected after 1500 steps, about three minutes on two CPU cores: 2.6 bits per byte on
@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         forward=None,
         backward=None,
         structure="unstructured",
+        layout="masked",
         smoke=False,
     )
     method, smoke = args["method"], args["smoke"]
@@ -41,9 +42,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         else args["backward"]
     )
     structured = args["structure"] != "unstructured"
-    if method == "dense" and (structured or args["forward"] is not None):
+    masked = args["layout"] == "masked"
+    if method == "dense" and (structured or not masked or args["forward"] is not None):
         raise ValueError(
-            "config arguments forward= and structure= have no meaning for method=dense"
+            "config arguments forward=, structure= and layout= have no meaning for "
+            "method=dense"
         )
     if method != "top_kast" and args["backward"] is not None:
         raise ValueError("config argument backward= is for method=top_kast only")
@@ -52,6 +55,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     dense = method == "dense"
     # Names the default workdir, runs/<name>.
     config.name = f"quickstart-{method}" + ("" if dense else f"-{forward:g}")
+    if not masked:
+        config.name += "-" + args["layout"]
     if structured:
         config.name += "-" + args["structure"].replace(":", "-")
     config.seed = 0
@@ -97,6 +102,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 ("*/attention/out/kernel", "i i o"),
                 ("*/attention/*/kernel", "i o o"),
             ),
+            layout=args["layout"],  # or "packed", "block": see README.md
             # Or "blocks:8x128", "fan_in", "fan_in:1x64", "n_of_m:32".
             structure=args["structure"],
             distribution="uniform",  # or "erk", "erdos_renyi", {glob: sparsity}

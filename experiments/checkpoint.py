@@ -9,8 +9,10 @@ checkpoint. It does not notice bytes that changed on disk in a finished one, hen
 seal: the checksum of every file, written once the save is complete.
 """
 
+import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import topkast_jax as tk
-from experiments import seal
+from experiments import packing, seal
 from experiments.state import State, is_sparse
 
 PyTree = Any
@@ -28,11 +30,14 @@ T = TypeVar("T")
 
 
 class Restored(NamedTuple):
-    """What a run goes on from: its state, data iterator state and `meta`."""
+    """What a run goes on from: its state, data iterator state, `meta`, and in the
+    packed layouts the reservoir.
+    """
 
     state: State
     data: Any
     meta: dict[str, Any]
+    store: tk.Store | None = None
 
 
 class Weights(NamedTuple):
@@ -70,6 +75,7 @@ class Checkpoints:
         self._keep, self._warn = keep, warn
         self._manager: ocp.CheckpointManager | None = None
         self._unsealed: pathlib.Path | None = None
+        self._reservoir: pathlib.Path | None = None  # until its checkpoint is complete
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -89,7 +95,14 @@ class Checkpoints:
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def save(self, step: int, state: State, data: Any, meta: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: State,
+        data: Any,
+        meta: Mapping[str, Any],
+        store: tk.Store | None = None,
+    ) -> None:
         """Copies the state off the devices, then writes it in the background.
 
         A step that is there already is left as it is: it holds the same.
@@ -99,6 +112,7 @@ class Checkpoints:
           state: may be donated as soon as this returns.
           data: JSON data, the state of the data iterator.
           meta: JSON data; `step` and the kinds of all arrays are added.
+          store: the reservoir of a packed layout; written before this returns.
         """
         self.wait()
         if step in self.steps():
@@ -108,6 +122,13 @@ class Checkpoints:
                 max_to_keep=self._keep, cleanup_tmp_directories=True
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if store is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"{packing.RESERVOIR}-*"):
+                shutil.rmtree(left)  # of a save that was killed
+            self._reservoir = self.folder / f"{packing.RESERVOIR}-{step}"
+            packing.write(self._reservoir, store)
+            meta = {**meta, "packed": packing.described(state.opt_state)}
         masks = _named_masks(state.opt_state)
         trees = {**state._asdict(), "masks": masks}
         self._manager.save(
@@ -132,6 +153,9 @@ class Checkpoints:
         """Returns when the last save is complete on disk, and sealed."""
         if self._manager is not None and self._unsealed is not None:
             self._manager.wait_until_finished()
+            if self._reservoir is not None:
+                os.replace(self._reservoir, self._unsealed / packing.RESERVOIR)
+                self._reservoir = None
             seal.close(self._unsealed)
             self._unsealed = None
 
@@ -161,7 +185,10 @@ class Checkpoints:
         def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Restored:
             found = _read(path, **arrays, data=ocp.args.JsonRestore())
             state = State(**{name: found[name][0] for name in State._fields})
-            return Restored(state, found["data"]["iterator"], meta)
+            store = None
+            if "packed" in meta:
+                store = packing.read(path / packing.RESERVOIR)
+            return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()
         return self._newest(targets, read, set_aside=True)
@@ -179,6 +206,8 @@ class Checkpoints:
 
         def targets(meta: dict[str, Any]) -> dict[str, PyTree]:
             params = prepare(meta)
+            if "packed" in meta:
+                return _packed_targets(params, meta["packed"])
             masks = {
                 name: jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=x.sharding)
                 for name, x in _named(params)
@@ -189,6 +218,8 @@ class Checkpoints:
         def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Weights:
             found = _read(path, **arrays)
             (params,), (masks,) = found["params"], found["masks"]
+            if "packed" in meta:
+                masks = {"forward": _indices(masks["forward"], meta["packed"])}
             leaves = [masks["forward"].get(name) for name, _ in _named(params)]
             forward = jax.tree.unflatten(jax.tree.structure(params), leaves)
             return Weights(params, forward, meta)
@@ -295,6 +326,34 @@ def _named_masks(opt_state: PyTree) -> dict[str, dict[str, Any]]:
     return {
         "forward": dict(_named(masks.forward)),
         "backward": dict(_named(masks.backward)),
+    }
+
+
+def _packed_targets(params: PyTree, description: Mapping[str, Any]) -> dict[str, Any]:
+    """What to restore for evaluation: packed parameters, and the positions of B."""
+    indices = packing.undescribed(description)
+    # Shardings of the dense arrays do not fit: every device gets all of them.
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def packed(path: Any, leaf: Any) -> Any:
+        index = indices.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if index is None:
+            return leaf
+        return leaf.update(shape=index.stored, sharding=whole)
+
+    forward = {
+        f"{path}/index": index.index.update(sharding=whole)
+        for path, index in indices.items()
+    }
+    params = jax.tree_util.tree_map_with_path(packed, params)
+    return {"params": params, "masks": {"forward": forward, "backward": {}}}
+
+
+def _indices(arrays: Mapping[str, Any], description: Mapping[str, Any]) -> Any:
+    return {
+        path: dataclasses.replace(index, index=arrays[f"{path}/index"])
+        for path, index in packing.undescribed(description).items()
     }
 
 

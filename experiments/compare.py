@@ -43,10 +43,12 @@ def with_dense(
       backend says, `memory_ratio` of all that a step holds on one device.
     """
 
-    def init(params: Any) -> states.State:
+    def init(key: Any) -> states.State:
+        params, _ = task.init(key)
         return states.State(params, dense.init(params), state.carry)
 
-    abstract = jax.eval_shape(init, state.params)
+    start = jax.random.key(0)
+    abstract = jax.eval_shape(init, start)
     shardings = states.shardings(mesh, rules, abstract)
     dense_step = states.compile_step(
         states.step(task, dense, sparse=False),
@@ -54,7 +56,7 @@ def with_dense(
         states.placed(abstract, shardings),
         *arguments,
     )
-    dense_state = jax.jit(init, out_shardings=shardings)(state.params)
+    dense_state = jax.jit(init, out_shardings=shardings)(start)
     seconds = _in_turns(
         {
             "dense": (dense_step, jax.tree.map(jnp.copy, dense_state)),

@@ -69,7 +69,8 @@ def sparse(
 
     Args:
       config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
-        `axes`, `where`, `distribution`, `structure`, `drop_decay`, and `refresh` with
+        `axes`, `where`, `distribution`, `structure`, `layout`,
+        `drop_decay`, and `refresh` with
         `refresh_start` and `refresh_stop`; the rest are arguments of the method.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
@@ -92,6 +93,7 @@ def sparse(
             f"{', '.join(sorted(tk.METHODS))}"
         )
     factory = tk.METHODS[name]
+    layout = arguments.pop("layout", "masked")
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
     where = arguments.pop("where", "")
     arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
@@ -111,6 +113,7 @@ def sparse(
     tx = tk.sparse(
         optimizer,
         method,
+        layout=layout,
         seed=seed,
         reset=reset,
         axes=tk.axes(dict(axes)) if axes else None,

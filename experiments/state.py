@@ -42,9 +42,20 @@ def is_sparse(opt_state: PyTree) -> bool:
     return True
 
 
-def alpha(params: PyTree, opt_state: PyTree, sparse: bool) -> PyTree:
-    """The weights that the model uses; differentiable."""
-    return tk.sparsify(params, tk.masks(opt_state)) if sparse else params
+def is_packed(opt_state: PyTree) -> bool:
+    """Whether masks are lists of positions, which no update changes."""
+    forward = tk.masks(opt_state).forward
+    nodes = jax.tree.leaves(forward, is_leaf=lambda x: isinstance(x, tk.Index))
+    return any(isinstance(node, tk.Index) for node in nodes)
+
+
+def alpha(
+    params: PyTree, opt_state: PyTree, sparse: bool, by_unit: bool = False
+) -> PyTree:
+    """The weights that the model uses, differentiable; packed ones expanded, or not."""
+    if not sparse:
+        return params
+    return tk.sparsify(params, tk.masks(opt_state), expanded=not by_unit)
 
 
 def initial(
@@ -109,7 +120,7 @@ def step(task: Task, tx: optax.GradientTransformation, *, sparse: bool) -> StepF
         state: State, batch: Mapping[str, jax.Array], key: jax.Array, step: Any
     ) -> tuple[State, Measures]:
         def objective(theta: PyTree) -> Any:
-            weights = alpha(theta, state.opt_state, sparse)
+            weights = alpha(theta, state.opt_state, sparse, task.by_unit)
             return task.loss(weights, state.carry, batch, jax.random.fold_in(key, step))
 
         (loss, (carry, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -125,10 +136,12 @@ def step(task: Task, tx: optax.GradientTransformation, *, sparse: bool) -> StepF
         after = jax.lax.cond(jnp.sum(bad) == 0, update, lambda: state)
         bad = jnp.concatenate([bad, _nonfinite(jax.tree.leaves(after.params))])
         measures = {"loss": loss, **aux, "bad": bad}
-        if sparse:
+        if sparse and not is_packed(state.opt_state):
             measures["churn"] = tk.metrics.churn(
                 tk.masks(state.opt_state), tk.masks(after.opt_state)
             )
+        elif sparse:
+            measures["churn"] = jnp.float32(0)  # of a refresh, which the loop fills in
         return after, measures
 
     return run

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import topkast_jax as tk
-from experiments import command, compare, evaluate, log, optimizer, plot, tasks
+from experiments import command, compare, evaluate, log, optimizer, packing, plot, tasks
 from experiments import mesh as meshes
 from experiments import state as states
 from experiments.checkpoint import Checkpoints
@@ -88,11 +88,17 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         # Shapes first: where every array lives is known before there is one.
         init_key, step_key = jax.random.split(jax.random.key(cfg.seed))
         init = states.initial(task, tx)
-        abstract = jax.eval_shape(init, init_key)
+        packed = method is not None and cfg.sparse.get("layout", "masked") != "masked"
         plan = "dense: no masks"
         if isinstance(tx, tk.Sparse):
-            plan = str(tk.plan(tx, abstract.params))
-        shardings = states.shardings(mesh, cfg.sharding, abstract)
+            plan = str(tk.plan(tx, jax.eval_shape(task.init, init_key)[0]))
+
+        def shapes(sizes: Any = None) -> states.State:
+            if packed:
+                return packing.abstract(task, tx, init_key, sizes)
+            return jax.eval_shape(init, init_key)
+
+        shardings = states.shardings(mesh, cfg.sharding, shapes())
         data = iter(task.batches("train", seed=cfg.seed, loop=True))
         data_start, batch = data.get_state(), next(data)
         batch_shardings = meshes.batch_shardings(mesh, batch, "batch")
@@ -102,19 +108,26 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         def prepare(meta: Mapping[str, Any]) -> states.State:
             for change in require_same_config(workdir, meta["config"], as_json(config)):
                 print(f"since the checkpoint: {change}")
-            return states.placed(abstract, shardings)
+            found = shapes(packing.sizes(meta["packed"]) if packed else None)
+            return states.placed(found, states.shardings(mesh, cfg.sharding, found))
 
         print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
         require_all_read(cfg)
         restored = checkpoints.restore(prepare)
     print(plan)
 
+    store = None
     if restored:
+        store = restored.store
         state, at = restored.state, Position(**restored.meta["position"])
         data.set_state(restored.data)
         print(f"going on from step {at.step}, the newest checkpoint in {workdir}")
     else:
-        state, at = jax.jit(init, out_shardings=shardings)(init_key), Position()
+        at = Position()
+        if packed:
+            state, store = packing.begin(task, tx, init_key, shardings)
+        else:
+            state = jax.jit(init, out_shardings=shardings)(init_key)
         data.set_state(data_start)
     if at.step == cfg.steps:
         plot.summary(workdir, cfg.name)
@@ -124,7 +137,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
     def save() -> None:
         meta = {"position": dataclasses.asdict(at), **origin}
-        checkpoints.save(at.step, state, data.get_state(), meta)
+        checkpoints.save(at.step, state, data.get_state(), meta, store)
 
     with (
         Interrupts() as interrupts,
@@ -135,7 +148,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         arguments = (jax.device_put(batch, batch_shardings), key, np.int32(0))
         began = time.perf_counter()
         run = states.step(task, tx, sparse=method is not None)
+        compiled_for = _shapes(state)
         step = states.compile_step(run, shardings, state, *arguments)
+        refresh = packing.Refresh(task, tx, method, store) if store else None
         out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
         if method and cfg.dense_steps and not log.last(workdir, "dense"):
             beside = compare.with_dense(
@@ -165,8 +180,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 if at.batches in passed_over:
                     continue
                 placed = jax.device_put(batch, batch_shardings)
-                state, measures = step(state, placed, key, np.int32(at.step))
+                inputs = (placed, key, np.int32(at.step))
+                found = refresh.before(state, at.step, *inputs) if refresh else None
+                state, measures = step(state, *inputs)
                 at.step += 1
+                if refresh and (changed := refresh.after(state, at.step, found)):
+                    state, measures["churn"] = changed
+                    if _shapes(state) != compiled_for:  # B := A
+                        compiled_for = _shapes(state)
+                        fitting = states.shardings(mesh, cfg.sharding, state)
+                        step = states.compile_step(run, fitting, state, *inputs)
                 pending.append((at.batches, measures))
                 if lockstep:
                     jax.block_until_ready(measures)
@@ -205,6 +228,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     assert back is not None  # saved before the first step
                     state, at = back.state, Position(**back.meta["position"])
                     data.set_state(back.data)
+                    if back.store is not None:
+                        store = back.store
+                        refresh = packing.Refresh(task, tx, method, store)
                     out.rewind(at.step)
                     out.say(f"{problem}; back to step {at.step}, without the batch")
                     continue
@@ -240,6 +266,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     print(f"{workdir}: {log.ROWS}, tensorboard/, checkpoints/, {picture.name}")
     left = interrupts.signal if at.step < cfg.steps else None
     return Outcome(state, at.step, metrics, left)
+
+
+def _shapes(state: states.State) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(state)]
 
 
 def _require_sound(state: states.State, step: int) -> None:

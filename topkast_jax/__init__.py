@@ -13,13 +13,13 @@ from topkast_jax.health import Health, NonFinite, check, health
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
-from topkast_jax.packed import Store, due, refresh, start
+from topkast_jax.packed import Store, due, refresh, shapes, start
 from topkast_jax.plan import Plan
 from topkast_jax.probe import Found, probe
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import state_shardings
-from topkast_jax.structure import Structure, blocks, fan_in, n_of_m, unstructured
+from topkast_jax.structure import Grid, Structure, blocks, fan_in, n_of_m, unstructured
 from topkast_jax.transformation import Sparse, plan
 
 
@@ -39,6 +39,7 @@ __all__ = [
     "Counts",
     "DropInState",
     "Found",
+    "Grid",
     "Health",
     "Index",
     "Leaf",
@@ -79,6 +80,7 @@ __all__ = [
     "refresh",
     "rigl",
     "set_",
+    "shapes",
     "sparse",
     "sparsify",
     "start",

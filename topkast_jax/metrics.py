@@ -1,9 +1,12 @@
 """What a run is made of: sparsity, churn, overlap, dead units, FLOPs, bytes.
 
-All take trees of bool masks as `tk.masks` gives them, None where a parameter is dense.
-Counts are exact integers; the functions marked "host" return Python numbers.
+All take masks as `tk.masks` gives them, None where a parameter is dense. `overlap`,
+`ever_active`, `reservoir_used` and `dead_units` look at single entries and want bool
+arrays: `tk.dense_masks` in the packed layouts. Counts are exact integers; the functions
+marked "host" return Python numbers.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,19 +18,36 @@ from jaxtyping import Array, Float
 from topkast_jax import _trees
 from topkast_jax._trees import AxesRules
 from topkast_jax._types import Masks, PyTree
+from topkast_jax.layouts.packed import Index
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _named(tree: PyTree) -> dict[str, Array]:
+def _named(tree: PyTree) -> dict[str, Any]:
     """`{path: mask}` of the sparse leaves."""
-    return {p.path: p.array for p in _trees.parameters(tree)[0]}
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_index)[0]
+    return {_trees.path_name(keys): mask for keys, mask in flat}
+
+
+def _is_index(node: Any) -> bool:
+    return isinstance(node, Index)
 
 
 def _nnz(mask: Array) -> int:
     return int(jnp.sum(mask, dtype=jnp.int32))
+
+
+def _sizes(masks: Masks) -> dict[str, tuple[int, int, int]]:
+    """`{path: (|A|, |B|, size)}` in any layout."""
+    backward = _named(masks.backward)
+    found = {}
+    for path, mask in _named(masks.forward).items():
+        if isinstance(mask, Index):
+            each = mask.grid.whole[0] * mask.grid.entries
+            n = mask.index.shape[-1]
+            size = math.prod(mask.grid.shape)
+            found[path] = (each * mask.k_forward, each * n, size)
+        else:
+            found[path] = (_nnz(mask), _nnz(backward[path]), mask.size)
+    return found
 
 
 def sparsity(masks: Masks) -> dict[str, tuple[float, float]]:
@@ -41,20 +61,31 @@ def sparsity(masks: Masks) -> dict[str, tuple[float, float]]:
       >>> sparsity(masks)
       {'kernel': (0.75, 0.5), 'total': (0.75, 0.5)}
     """
-    forward, backward = _named(masks.forward), _named(masks.backward)
-    counts: dict[str, tuple[int, ...]] = {
-        path: (_nnz(mask), _nnz(backward[path]), mask.size)
-        for path, mask in forward.items()
-    }
+    counts: dict[str, tuple[int, ...]] = dict(_sizes(masks))
     counts["total"] = tuple(map(sum, zip(*counts.values(), strict=True)))
     return {path: (1 - a / n, 1 - b / n) for path, (a, b, n) in counts.items()}
 
 
 def churn(before: Masks, after: Masks) -> Float[Array, ""]:
     """Share of A that was not in A before, over all sparse leaves; a jit-able scalar."""
-    old, new = jax.tree.leaves(before.forward), jax.tree.leaves(after.forward)
-    entered = sum(_float_count(n & ~o) for o, n in zip(old, new, strict=True))
-    return jnp.asarray(entered / sum(_float_count(n) for n in new))
+    old, new = _named(before.forward), _named(after.forward)
+    entered = total = jnp.float32(0)
+    for path, mask in new.items():
+        if isinstance(mask, Index):
+            each = mask.grid.entries
+            mask, was = _first(mask), _first(old[path])
+            stayed = jax.vmap(jnp.isin)(mask, was)
+            entered += each * _float_count(~stayed)
+            total += each * mask.size
+        else:
+            entered += _float_count(mask & ~old[path])
+            total += _float_count(mask)
+    return entered / total
+
+
+def _first(index: Index) -> Array:
+    """Units of A, [slices, n_A]."""
+    return index.index[..., : index.k_forward].reshape(-1, index.k_forward)
 
 
 def _float_count(mask: Array) -> Array:
@@ -152,16 +183,17 @@ def flops(params: PyTree, masks: Masks | None, uses: Mapping[str, int]) -> Flops
     """
     sizes = {p.path: p.array.size for p in _trees.parameters(params)[0]}
     _trees.require_matches(uses, list(sizes), "uses")
-    forward: dict[str, Array] = {}
-    backward: dict[str, Array] = {}
-    probe: dict[str, Array] = {}
+    counts: dict[str, tuple[int, int, int]] = {}
+    backward: dict[str, Any] = {}
+    probe: dict[str, Any] = {}
     if masks is not None:
-        forward, backward, probe = (_named(tree) for tree in masks)
+        counts = _sizes(masks)
+        backward, probe = _named(masks.backward), _named(masks.probe)
     dense = sparse_forward = train = 0.0
     for path, times in uses.items():
         size = a = b = sizes[path]
-        if path in forward:
-            a, b = _nnz(forward[path]), _nnz(backward[path])
+        if path in counts:
+            a, b, size = counts[path]
         if path in probe:
             b = _nnz(backward[path] | probe[path])
         dense += 3 * 2 * size * times

@@ -6,7 +6,7 @@ refresh is a function of its own, between two updates.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -148,6 +148,52 @@ def start(
         indices[i] = _index(index, masks, site, recipe)
     packed = treedef.unflatten(theta)
     return packed, _state(recipe, seed, treedef, indices, memory, packed), Store(store)
+
+
+def shapes(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+) -> tuple[PyTree, optax.OptState]:
+    """Shapes of theta and opt_state, as `tk.start` makes them; nothing is computed.
+
+    For compiling ahead of time, and for restoring a checkpoint.
+
+    Args:
+      tx: `tk.sparse(..., layout="packed")`.
+      params: the dense parameters, or their shapes.
+      sizes: `{path: (n_A, n_B)}` per slice where they are not those of the start, as
+        after the `stop` of Top-KAST; see `tk.Index`.
+    Returns:
+      Trees of jax.ShapeDtypeStruct.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.adam(0.1), tk.static(0.9), layout="packed")
+      >>> theta, opt_state = shapes(tx, {"kernel": jax.ShapeDtypeStruct((30, 10), float)})
+      >>> theta["kernel"].shape
+      (30,)
+    """
+    recipe = _packed(tx, "tk.shapes")
+    flat, treedef = _trees.parameters(params)
+    struct: Any = jax.ShapeDtypeStruct
+    theta = [struct(jnp.shape(p.array), p.array.dtype) for p in flat]
+    indices: dict[int, Index] = {}
+    for site in plan_lib.sites(recipe.method, recipe.axes, flat):
+        each = site.grid.selections
+        first, second = (each * k for k in site.counts)
+        first, second = (sizes or {}).get(site.path, (first, second))
+        shape = (*site.grid.stack, second)
+        index = struct(shape, jnp.int32)
+        indices[site.index] = Index(index, site.grid, first, recipe.layout == "block")
+        theta[site.index] = struct((*shape, *site.grid.unit), theta[site.index].dtype)
+    packed = treedef.unflatten(theta)
+
+    def state(packed: PyTree) -> SparseState:
+        seed = jnp.asarray(recipe.seed, jnp.uint32)
+        return _state(recipe, seed, treedef, {}, dict.fromkeys(indices, ()), packed)
+
+    masks = Masks(*(_tree(treedef, found) for found in (indices, {}, {})))
+    return packed, jax.eval_shape(state, packed)._replace(sparse_masks=masks)
 
 
 def due(tx: optax.GradientTransformation, step: int) -> bool:
@@ -351,14 +397,11 @@ def _state(
     memory: dict[int, Any],
     theta: PyTree,
 ) -> SparseState:
-    def tree(found: dict[int, Any]) -> PyTree:
-        return treedef.unflatten([found.get(i) for i in range(treedef.num_leaves)])
-
     return SparseState(
         sparse_step=jnp.int32(0),
         sparse_seed=seed,
-        sparse_masks=Masks(tree(indices), tree({}), tree({})),
-        sparse_memory=tree(memory),
+        sparse_masks=Masks(*(_tree(treedef, found) for found in (indices, {}, {}))),
+        sparse_memory=_tree(treedef, memory),
         sparse_reservoir=jnp.asarray(recipe.method.reservoir),
         leaks=jnp.int32(0),
         nonfinite_step=jnp.int32(-1),
@@ -366,6 +409,11 @@ def _state(
         nonfinite_count=jnp.int32(0),
         sparse_inner=recipe.inner.init(theta),
     )
+
+
+def _tree(treedef: Any, found: dict[int, Any]) -> PyTree:
+    """A tree like the parameters, None where an index is left out."""
+    return treedef.unflatten([found.get(i) for i in range(treedef.num_leaves)])
 
 
 def _moved(

@@ -35,6 +35,8 @@ class Task(NamedTuple):
       uses: how often each entry of a kernel is multiplied in the forward pass of one
         training step, by the path of the kernel; also an embedding that serves as the
         output layer.
+      by_unit: whether the model takes `tk.BlockMatrix` in place of a kernel, as those
+        that are called through `tk.flax.apply` do.
       batch_axes: the axis, in every leaf of carry and batch, along which rows lie.
     """
 
@@ -46,4 +48,5 @@ class Task(NamedTuple):
     metrics: Callable[[Params, Carry, Batch], tuple[Sums, Carry]]
     batches: Callable[..., grain.IterDataset]
     uses: Mapping[str, int]
+    by_unit: bool = False
     batch_axes: int = 0

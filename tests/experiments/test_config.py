@@ -136,8 +136,9 @@ def test_quickstart_plan_and_shardings() -> None:
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("method=dense,forward=0.5", "forward= and structure= have no meaning"),
-        ("method=dense,structure=fan_in", "forward= and structure= have no meaning"),
+        ("method=dense,forward=0.5", "forward=, structure= and layout= have no"),
+        ("method=dense,structure=fan_in", "forward=, structure= and layout= have no"),
+        ("method=dense,layout=packed", "forward=, structure= and layout= have no"),
         ("method=rigl,backward=0.5", "backward= is for method=top_kast"),
         ("sparsity=0.5", "'sparsity' is unknown"),
     ],
