@@ -150,8 +150,9 @@ def _cost(axes: Axes, rows: Sequence[log.Row]) -> None:
     dense, train = _kind(rows, "dense"), _kind(rows, "train")
     bars: list[tuple[str, float, str, str]] = []
     if train and train[-1].get("flops_fraction") is not None:
-        bars.append(("FLOPs\nsimulated:\nmasked layout", train[-1]["flops_fraction"],
-                     "white", "////"))  # fmt: skip
+        simulated = not dense or dense[-1].get("simulated", 1)
+        label = "FLOPs\nsimulated:\nmasked layout" if simulated else "FLOPs\nanalytic"
+        bars.append((label, train[-1]["flops_fraction"], "white", "////"))
     names = (
         ("time_ratio", "step time\nmeasured", ORANGE),
         ("state_bytes_ratio", "bytes of state\nmeasured", BLUE),

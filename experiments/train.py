@@ -157,7 +157,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 task, dense_tx, mesh, cfg.sharding, step, state, *arguments,
                 rounds=cfg.dense_steps,
             )  # fmt: skip
-            out.write("dense", at.step, beside)
+            out.write("dense", at.step, beside | {"simulated": float(not packed)})
         if cfg.on_nan == "restore":
             save()  # so that there is something to go back to
         # On CPU, several devices on few cores deadlock when steps queue up (jax 0.10).

@@ -60,3 +60,6 @@ def test_a_fraction_of_flops_is_never_shown_as_speed() -> None:
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert "simulated:\nmasked layout" in labels[0]
     assert "measured" in labels[1] and "measured" in labels[2]
+    packed = Figure().add_subplot()
+    plot._cost(packed, [DENSE | {"simulated": 0.0}, *TRAIN])
+    assert packed.get_yticklabels()[0].get_text() == "FLOPs\nanalytic"
