@@ -22,12 +22,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import topkast_jax as tk
-from experiments import command, compare, evaluate, log, optimizer, packing, plot, tasks
+from experiments import command, compare, evaluate, log, plot
 from experiments import mesh as meshes
 from experiments import state as states
+from experiments.assembly import assemble
 from experiments.checkpoint import Checkpoints
 from experiments.config import Watched, as_json, require, require_all_read
 from experiments.interrupt import Interrupts
+from experiments.packing import Refresh
 from experiments.position import Position, flops, layers, line, never, train_row, words
 from experiments.provenance import provenance, require_same_config
 
@@ -77,28 +79,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     with command.checking():
         cfg = Watched(config)
         require(cfg, AT_LEAST, {"on_nan": ON_NAN})
-        mesh = meshes.make(cfg.mesh)
-        task = tasks.make(cfg)
-        rate = optimizer.learning_rate(cfg.learning_rate, cfg.steps)
-        dense_tx = optimizer.inner(cfg.optimizer, rate)
-        tx, method = optimizer.sparse(
-            cfg.sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed
-        )
-
-        # Shapes first: where every array lives is known before there is one.
-        init_key, step_key = jax.random.split(jax.random.key(cfg.seed))
-        init = states.initial(task, tx)
-        packed = method is not None and cfg.sparse.get("layout", "masked") != "masked"
-        plan = "dense: no masks"
-        if isinstance(tx, tk.Sparse):
-            plan = str(tk.plan(tx, jax.eval_shape(task.init, init_key)[0]))
-
-        def shapes(sizes: Any = None) -> states.State:
-            if packed:
-                return packing.abstract(task, tx, init_key, sizes)
-            return jax.eval_shape(init, init_key)
-
-        shardings = states.shardings(mesh, cfg.sharding, shapes())
+        run = assemble(cfg)
+        mesh, task, method = run.mesh, run.task, run.method
+        run.abstract()  # what does not fit together is said now
         data = iter(task.batches("train", seed=cfg.seed, loop=True))
         data_start, batch = data.get_state(), next(data)
         batch_shardings = meshes.batch_shardings(mesh, batch, "batch")
@@ -108,26 +91,20 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         def prepare(meta: Mapping[str, Any]) -> states.State:
             for change in require_same_config(workdir, meta["config"], as_json(config)):
                 print(f"since the checkpoint: {change}")
-            found = shapes(packing.sizes(meta["packed"]) if packed else None)
-            return states.placed(found, states.shardings(mesh, cfg.sharding, found))
+            return run.abstract(meta.get("packed"))
 
         print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
         require_all_read(cfg)
         restored = checkpoints.restore(prepare)
-    print(plan)
+    print(run.plan())
 
-    store = None
     if restored:
-        store = restored.store
-        state, at = restored.state, Position(**restored.meta["position"])
+        state, store = restored.state, restored.store
+        at = Position(**restored.meta["position"])
         data.set_state(restored.data)
         print(f"going on from step {at.step}, the newest checkpoint in {workdir}")
     else:
-        at = Position()
-        if packed:
-            state, store = packing.begin(task, tx, init_key, shardings)
-        else:
-            state = jax.jit(init, out_shardings=shardings)(init_key)
+        (state, store), at = run.begin(), Position()
         data.set_state(data_start)
     if at.step == cfg.steps:
         plot.summary(workdir, cfg.name)
@@ -144,20 +121,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         checkpoints,
         log.Log(workdir, step=at.step if restored else None, steps=cfg.steps) as out,
     ):
-        key = jax.device_put(step_key, meshes.replicated(mesh))
+        key = jax.device_put(run.step_key, meshes.replicated(mesh))
         arguments = (jax.device_put(batch, batch_shardings), key, np.int32(0))
         began = time.perf_counter()
-        run = states.step(task, tx, sparse=method is not None)
         compiled_for = _shapes(state)
-        step = states.compile_step(run, shardings, state, *arguments)
-        refresh = packing.Refresh(task, tx, method, store) if store else None
+        step = run.compile(state, *arguments)
+        refresh = Refresh(task, run.tx, method, store) if store else None
         out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
         if method and cfg.dense_steps and not log.last(workdir, "dense"):
             beside = compare.with_dense(
-                task, dense_tx, mesh, cfg.sharding, step, state, *arguments,
+                task, run.dense_tx, mesh, cfg.sharding, step, state, *arguments,
                 rounds=cfg.dense_steps,
             )  # fmt: skip
-            out.write("dense", at.step, beside | {"simulated": float(not packed)})
+            out.write("dense", at.step, beside | {"simulated": float(not run.packed)})
         if cfg.on_nan == "restore":
             save()  # so that there is something to go back to
         # On CPU, several devices on few cores deadlock when steps queue up (jax 0.10).
@@ -188,8 +164,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     state, measures["churn"] = changed
                     if _shapes(state) != compiled_for:  # B := A
                         compiled_for = _shapes(state)
-                        fitting = states.shardings(mesh, cfg.sharding, state)
-                        step = states.compile_step(run, fitting, state, *inputs)
+                        step = run.compile(state, *inputs)
                 pending.append((at.batches, measures))
                 if lockstep:
                     jax.block_until_ready(measures)
@@ -230,7 +205,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     data.set_state(back.data)
                     if back.store is not None:
                         store = back.store
-                        refresh = packing.Refresh(task, tx, method, store)
+                        refresh = Refresh(task, run.tx, method, store)
                     out.rewind(at.step)
                     out.say(f"{problem}; back to step {at.step}, without the batch")
                     continue
@@ -243,7 +218,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             spent, dense = flops(state.params, masks, task.uses, probed)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
             if log_now:
-                row = train_row(at, masks, refreshed, rate)
+                row = train_row(at, masks, refreshed, run.rate)
                 out.write("train", at.step, row | {"step_time": seconds / timed})
                 churn = {"churn": row["churn"]} if "churn" in row else churn
                 text = line(churn | row, SHOWN, seconds / timed, cfg.steps - at.step)

@@ -87,6 +87,6 @@ def test_a_gradient_on_dead_weights_stops(
     tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that forgets the masks is noticed at the next evaluation."""
-    monkeypatch.setattr(states, "alpha", lambda params, opt_state, sparse: params)
+    monkeypatch.setattr(states, "alpha", lambda params, *_: params)
     with pytest.raises(Stopped, match="step 4: in 4 updates the gradient was nonzero"):
         train(tiny(), tmp_path)

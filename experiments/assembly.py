@@ -1,0 +1,103 @@
+"""What a config stands for, before there is any array: task, transformation, shapes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+import topkast_jax as tk
+from experiments import mesh as meshes
+from experiments import optimizer, packing, tasks
+from experiments import state as states
+from experiments.config import Watched
+from experiments.state import State
+
+
+class Assembly(NamedTuple):
+    """Parts of a run.
+
+    Attributes:
+      mesh: where arrays live.
+      rules: which parameter is cut along which axis of the mesh.
+      task: model, loss and data.
+      rate: learning rate by step.
+      dense_tx: the optimizer alone.
+      tx: the transformation that trains.
+      method: of `tx`; None for a dense network.
+      packed: whether `tx` holds B alone, and is refreshed between steps.
+      init_key: of parameters and masks.
+      step_key: of what steps draw.
+    """
+
+    mesh: Mesh
+    rules: Any
+    task: tasks.Task
+    rate: Any
+    dense_tx: optax.GradientTransformation
+    tx: optax.GradientTransformation
+    method: tk.Method | None
+    packed: bool
+    init_key: jax.Array
+    step_key: jax.Array
+
+    def plan(self) -> str:
+        """What is sparse, as a table."""
+        if not isinstance(self.tx, tk.Sparse):
+            return "dense: no masks"
+        return str(tk.plan(self.tx, jax.eval_shape(self.task.init, self.init_key)[0]))
+
+    def abstract(self, description: Mapping[str, Any] | None = None) -> State:
+        """ShapeDtypeStructs of the state, with shardings; nothing is computed.
+
+        Args:
+          description: of a packed state that is not at its start (`packing.described`).
+        """
+        if self.packed:
+            sizes = packing.sizes(description) if description else None
+            found = packing.abstract(self.task, self.tx, self.init_key, sizes)
+        else:
+            init = states.initial(self.task, self.tx)
+            found = jax.eval_shape(init, self.init_key)
+        return states.placed(found, self.shardings(found))
+
+    def shardings(self, state: State) -> State:
+        """Shardings of a state of these shapes."""
+        return states.shardings(self.mesh, self.rules, state)
+
+    def begin(self) -> tuple[State, tk.Store | None]:
+        """The state of step 0, and the reservoir of a packed layout."""
+        shardings = self.shardings(self.abstract())
+        if self.packed:
+            return packing.begin(self.task, self.tx, self.init_key, shardings)
+        init = states.initial(self.task, self.tx)
+        return jax.jit(init, out_shardings=shardings)(self.init_key), None
+
+    def compile(self, state: State, *arguments: Any) -> jax.stages.Compiled:
+        """The training step, for these arrays (or shapes) and no others."""
+        run = states.step(self.task, self.tx, sparse=self.method is not None)
+        return states.compile_step(run, self.shardings(state), state, *arguments)
+
+
+def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
+    """Reads everything in a config but what only the loop wants to know.
+
+    Args:
+      cfg: see configs/quickstart.py.
+      devices: what the mesh is made of; None for those of this process.
+    Raises:
+      ValueError: a setting that makes no sense; it is named.
+    """
+    mesh = meshes.make(cfg.mesh, devices)
+    task = tasks.make(cfg)
+    rate = optimizer.learning_rate(cfg.learning_rate, cfg.steps)
+    dense_tx = optimizer.inner(cfg.optimizer, rate)
+    tx, method = optimizer.sparse(
+        cfg.sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed
+    )
+    packed = method is not None and cfg.sparse.get("layout", "masked") != "masked"
+    keys = jax.random.split(jax.random.key(cfg.seed))
+    return Assembly(
+        mesh, cfg.sharding, task, rate, dense_tx, tx, method, packed, keys[0], keys[1]
+    )
