@@ -13,7 +13,7 @@ from topkast_jax.health import Health, NonFinite, check, health
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
-from topkast_jax.packed import Store, due, refresh, shapes, start
+from topkast_jax.packed import Store, due, fan_in_normal, refresh, shapes, start
 from topkast_jax.plan import Plan
 from topkast_jax.probe import Found, probe
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
@@ -67,6 +67,7 @@ __all__ = [
     "every",
     "export",
     "fan_in",
+    "fan_in_normal",
     "first_due",
     "health",
     "kernels",

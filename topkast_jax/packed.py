@@ -98,8 +98,22 @@ def transformation(recipe: Recipe) -> Sparse:
     return Sparse(init_fn, update_fn, recipe)
 
 
+def fan_in_normal(key: jax.Array, index: Index, dtype: Any) -> Array:
+    """Normal draws of variance 1 / inputs, the dense layer's; see `tk.start`.
+
+    Args:
+      key: PRNG key.
+      index: which units are drawn; `index.stored` is the shape to return.
+      dtype: of the values.
+    """
+    scale = index.grid.whole[1] ** -0.5
+    return scale * jax.random.normal(key, index.stored, dtype)
+
+
 def start(
-    tx: optax.GradientTransformation, params: PyTree
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    initial: Callable[[jax.Array, Index, Any], Array] = fan_in_normal,
 ) -> tuple[PyTree, optax.OptState, Store]:
     """Packs parameters: what is trained, its optimizer state, and the reservoir.
 
@@ -107,13 +121,15 @@ def start(
       tx: `tk.sparse(..., layout="packed")`.
       params: the dense parameters, arrays of NumPy or JAX; or a function without
         arguments that makes them under jit, whose leaves are then made one at a time,
-        so that they never exist all together.
+        so that they never exist all together. Without a reservoir a sparse leaf may be
+        a jax.ShapeDtypeStruct: nothing as large as it is made, here or later.
+      initial: `(key, index, dtype) -> values` of sparse leaves that are only shapes.
     Returns:
       theta: tree like `params`, sparse leaves [*stack, k_B] in place of dense arrays.
       opt_state: the state that `tx.update` takes.
       store: theta in host memory, for methods with a reservoir.
     Raises:
-      ValueError: another layout, or as `tx.init`.
+      ValueError: another layout, a shape where values are needed, or as `tx.init`.
     Example:
       >>> import topkast_jax as tk
       >>> tx = tk.sparse(optax.adam(0.1), tk.top_kast(0.5, 0.25), layout="packed")
@@ -134,18 +150,29 @@ def start(
     store: dict[str, np.ndarray] = {}
     for i, parameter in enumerate(flat):
         dense = _made(params, treedef, i) if callable(params) else parameter.array
+        only_shape = isinstance(dense, jax.ShapeDtypeStruct)
+        if only_shape and (i not in sites or recipe.method.reservoir):
+            why = "the reservoir keeps them" if i in sites else "it is kept dense"
+            raise ValueError(
+                f"{parameter.path!r} is only a shape, but its values are needed: {why}"
+            )
         if i not in sites:
             theta.append(jnp.asarray(dense))
             continue
         site = sites[i]
-        units = site.grid.to_units(np.asarray(dense))
-        if recipe.method.reservoir:
+        units = None if only_shape else site.grid.to_units(np.asarray(dense))
+        if recipe.method.reservoir and units is not None:
             units = store[site.path] = np.array(units)  # a copy of its own, writable
-        leaf = _leaf(site, seed, 0, units if recipe.method.reservoir else units[:, :0])
+        leaf = _leaf(site, seed, 0, store.get(site.path), dense.dtype)
         masks, memory[i] = recipe.method.init(leaf)
-        index = host.numbered(site.grid, *masks)
-        theta.append(_stored(np.take_along_axis(units, _wide(index, units), 1), site))
-        indices[i] = _index(index, masks, site, recipe)
+        numbers = host.numbered(site.grid, *masks)
+        indices[i] = _index(numbers, masks, site, recipe)
+        if units is None:
+            key = jax.random.fold_in(leaf.key, _INITIAL)
+            theta.append(initial(key, indices[i], dense.dtype))
+        else:
+            taken = np.take_along_axis(units, _wide(numbers, units), 1)
+            theta.append(_stored(taken, site))
     packed = treedef.unflatten(theta)
     return packed, _state(recipe, seed, treedef, indices, memory, packed), Store(store)
 
@@ -233,7 +260,13 @@ def refresh(
       ValueError: NaN or Inf in theta, named by path; nothing has been changed then.
     """
     recipe = _packed(tx, "tk.refresh")
-    (state,) = _trees.find_states(opt_state)
+    states = _trees.find_states(opt_state)
+    if len(states) != 1:
+        raise ValueError(
+            f"tk.refresh: {len(states)} states of tk.sparse in this optimizer state; it "
+            "serves the one that tk.start made"
+        )
+    (state,) = states
     flat, treedef = _trees.parameters(theta)
     indices = treedef.flatten_up_to(state.sparse_masks.forward)
     memory = treedef.flatten_up_to(state.sparse_memory)
@@ -260,7 +293,7 @@ def refresh(
         if recipe.method.reservoir:
             units = store.theta[site.path]
             np.put_along_axis(units, _wide(old, units), value, axis=1)
-            leaf = _leaf(site, state.sparse_seed, step, units)
+            leaf = _leaf(site, state.sparse_seed, step, units, units.dtype)
         else:
             leaf = _listed(site, state.sparse_seed, step, old, value, seen[i])
         masks, memory[i] = recipe.method.refresh(leaf, memory[i], step)
@@ -307,21 +340,29 @@ def _made(make: Callable[[], PyTree], treedef: Any, i: int) -> np.ndarray:
     return np.asarray(jax.jit(lambda: treedef.flatten_up_to(make())[i])())
 
 
-def _leaf(site: Site, seed: Array, step: int, units: np.ndarray) -> HostLeaf:
-    """A leaf over all of theta, or without entries where `units` has none."""
-    value = host.by_selection(site.grid, units) if units.shape[1] else units
+_INITIAL = 2**32 - 2
+"""Folded into a leaf's key for initial values; no slice has this number."""
+
+
+def _leaf(
+    site: Site, seed: Array, step: int, units: np.ndarray | None, dtype: Any
+) -> HostLeaf:
+    """A leaf over all of theta, [slices, units, *unit], or without any entries."""
     rows = site.grid.whole[0] * site.grid.selections
-    if not units.shape[1]:
-        value = np.zeros((rows, 0, *site.grid.unit), units.dtype)
+    value, places = np.zeros((rows, 0, *site.grid.unit), dtype), None
+    if units is None:
+        places = np.zeros((rows, 0), np.int64)
+    else:
+        value = host.by_selection(site.grid, units)
     marks = np.zeros(value.shape[:2], bool)
     return HostLeaf(
         grid=site.grid,
         counts=site.counts,
         path=site.path,
         key=_trees.leaf_key(seed, site.path, step),
-        places=None if units.shape[1] else np.zeros((rows, 0), np.int64),
+        places=places,
         value=value,
-        grad=np.zeros_like(value),
+        grad=np.zeros((0,), dtype),
         forward=marks,
         backward=marks,
     )

@@ -1,5 +1,6 @@
 """The packed layout does what the masked one does, with arrays of B alone."""
 
+import resource
 from typing import Any
 
 import jax
@@ -230,3 +231,41 @@ def test_growth_by_gradient_asks_for_the_probe():
     tx, theta, state, store = start(METHODS["rigl"]())
     with pytest.raises(ValueError, match="'one/kernel': growth by gradient needs"):
         tk.refresh(tx, theta, state, store)
+
+
+@pytest.mark.parametrize("name", ["static", "set"])
+def test_only_shapes(name):
+    """A kernel of 8 GiB: masks, values and refresh, in less than a hundredth of it."""
+    method = METHODS[name](structure=tk.fan_in(1, 256))
+    method = method._replace(
+        counts=lambda *_: {"kernel": tk.Counts(256 * 200, 256 * 200)}
+    )
+    shape = jax.ShapeDtypeStruct((2**15, 2**16 - 256), jnp.float32)
+    tx = tk.sparse(optax.adam(0.01), method, layout="block")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    theta, state, store = tk.start(tx, {"kernel": shape})
+    index = tk.masks(state).forward["kernel"]
+    assert theta["kernel"].shape == (255, 1, 256)
+    assert float(jnp.std(theta["kernel"])) == pytest.approx(2**-7.5, rel=0.02)
+    columns = np.asarray(index.index) % 255
+    assert sorted(columns.tolist()) == list(range(255))  # one block a column
+    for t in range(EVERY):
+        updates, state = tx.update(theta, state, theta)
+        theta = optax.apply_updates(theta, updates)
+        if tk.due(tx, t + 1):
+            theta, state, store = tk.refresh(tx, theta, state, store)
+    after = np.asarray(tk.masks(state).forward["kernel"].index)
+    moved = np.isin(after, np.asarray(index.index), invert=True).sum()
+    assert (moved > 0) == (name == "set") and len(set(after.tolist())) == 255
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 80 * 2**10  # KiB
+
+
+def test_shapes_where_values_are_needed():
+    shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    tx = tk.sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.5), layout="packed")
+    with pytest.raises(ValueError, match="'kernel' is only a shape.*reservoir"):
+        tk.start(tx, {"kernel": shape})
+    tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="packed")
+    with pytest.raises(ValueError, match="'bias' is only a shape.*kept dense"):
+        tk.start(tx, {"kernel": shape, "bias": jax.ShapeDtypeStruct((4,), jnp.float32)})
