@@ -60,7 +60,7 @@ def sparse(
       ValueError: an unknown layout or reset, or a missing learning rate. `init` raises
         if nothing is selected, or a parameter would keep nothing.
     Example:
-      >>> import topkast_jax as tk
+      >>> import jax, topkast_jax as tk
       >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
       >>> tx = sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.5, penalty=0.0))
       >>> state = tx.init(params)

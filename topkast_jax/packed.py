@@ -196,7 +196,7 @@ def shapes(
     Example:
       >>> import topkast_jax as tk
       >>> tx = tk.sparse(optax.adam(0.1), tk.static(0.9), layout="packed")
-      >>> theta, opt_state = shapes(tx, {"kernel": jax.ShapeDtypeStruct((30, 10), float)})
+      >>> theta, opt_state = shapes(tx, {"kernel": jnp.ones((30, 10))})
       >>> theta["kernel"].shape
       (30,)
     """
