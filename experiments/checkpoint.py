@@ -127,7 +127,7 @@ class Checkpoints:
             for left in self.folder.glob(f"{packing.RESERVOIR}-*"):
                 shutil.rmtree(left)  # of a save that was killed
             self._reservoir = self.folder / f"{packing.RESERVOIR}-{step}"
-            packing.write(self._reservoir, store)
+            store.save(self._reservoir)
             meta = {**meta, "packed": packing.described(state.opt_state)}
         masks = _named_masks(state.opt_state)
         trees = {**state._asdict(), "masks": masks}
@@ -187,7 +187,7 @@ class Checkpoints:
             state = State(**{name: found[name][0] for name in State._fields})
             store = None
             if "packed" in meta:
-                store = packing.read(path / packing.RESERVOIR)
+                store = tk.load_store(path / packing.RESERVOIR)
             return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()

@@ -3,9 +3,6 @@
 In the masked layout masks change inside the update, and none of this is used.
 """
 
-import json
-import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -158,33 +155,3 @@ def _loss(task: Task) -> Callable[..., Any]:
         return task.loss(weights, carry, batch, jax.random.fold_in(key, step))[0]
 
     return loss
-
-
-def write(folder: pathlib.Path, store: tk.Store) -> None:
-    """Writes a reservoir: one .npy a parameter, in a folder that appears whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    names = {}
-    for number, (path, values) in enumerate(store.theta.items()):
-        # .npy knows no bfloat16: bytes, and the dtype beside them.
-        np.save(temporary / f"{number}.npy", values.view(np.uint8))
-        names[path] = [number, str(values.dtype), list(values.shape)]
-    (temporary / "names.json").write_text(json.dumps(names))
-    os.replace(temporary, folder)
-
-
-def read(folder: pathlib.Path) -> tk.Store:
-    """Reads what `write` wrote.
-
-    Raises:
-      ValueError: a file is missing or cut short.
-    """
-    try:
-        names = json.loads((folder / "names.json").read_text())
-        theta = {}
-        for path, (number, dtype, shape) in names.items():
-            values = np.load(folder / f"{number}.npy")
-            theta[path] = values.view(jax.numpy.dtype(dtype)).reshape(shape)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder} is no whole reservoir: {error}") from error
-    return tk.Store(theta)

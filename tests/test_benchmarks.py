@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks import layouts, problems, select, step, timing
+from benchmarks import layouts, problems, select, step, timing, width
 
 
 def test_select_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +37,19 @@ def test_layouts_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_layouts_refuses_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         layouts.main([flags])
+    assert flags.partition("=")[0] in capsys.readouterr().err
+
+
+def test_width_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    width.main(["--quick"])
+    out = capsys.readouterr().out
+    assert "| 256 " in out and "| 512 " in out and "nan" not in out
+
+
+@pytest.mark.parametrize("flags", ["--widths=100", "--widths=x", "--blocks=0"])
+def test_width_refuses_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        width.main([flags])
     assert flags.partition("=")[0] in capsys.readouterr().err
 
 

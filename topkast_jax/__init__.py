@@ -11,9 +11,11 @@ from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.health import Health, NonFinite, check, health
 from topkast_jax.layouts.packed import BlockMatrix, Index
+from topkast_jax.layouts.store import Store
+from topkast_jax.layouts.store import load as load_store
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
-from topkast_jax.packed import Store, due, fan_in_normal, refresh, shapes, start
+from topkast_jax.packed import due, fan_in_normal, refresh, shapes, start
 from topkast_jax.plan import Plan
 from topkast_jax.probe import Found, probe
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
@@ -71,6 +73,7 @@ __all__ = [
     "first_due",
     "health",
     "kernels",
+    "load_store",
     "masks",
     "metrics",
     "n_of_m",

@@ -5,7 +5,7 @@ reservoir, lives in a `Store` in host memory. Masks change the arrays themselves
 refresh is a function of its own, between two updates.
 """
 
-import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,29 +19,12 @@ from topkast_jax import _trees, faults
 from topkast_jax import plan as plan_lib
 from topkast_jax._types import LeafMasks, Masks, PyTree, SparseState
 from topkast_jax.layouts import host
+from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.host import HostLeaf
 from topkast_jax.layouts.packed import Index, PackedLeaf
+from topkast_jax.layouts.store import Store
 from topkast_jax.plan import Site
 from topkast_jax.transformation import Recipe, Sparse, recipe_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Store:
-    """theta of every sparse parameter, in host memory; empty without a reservoir.
-
-    `tk.refresh` writes into the arrays. Between two refreshes the entries of B are out
-    of date: their values are on the device.
-
-    Attributes:
-      theta: by path, [slices, units, *unit].
-    """
-
-    theta: dict[str, np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(x.nbytes for x in self.theta.values())
 
 
 def transformation(recipe: Recipe) -> Sparse:
@@ -114,6 +97,7 @@ def start(
     tx: optax.GradientTransformation,
     params: PyTree,
     initial: Callable[[jax.Array, Index, Any], Array] = fan_in_normal,
+    reservoir: str | os.PathLike[str] | None = None,
 ) -> tuple[PyTree, optax.OptState, Store]:
     """Packs parameters: what is trained, its optimizer state, and the reservoir.
 
@@ -124,6 +108,8 @@ def start(
         so that they never exist all together. Without a reservoir a sparse leaf may be
         a jax.ShapeDtypeStruct: nothing as large as it is made, here or later.
       initial: `(key, index, dtype) -> values` of sparse leaves that are only shapes.
+      reservoir: folder of files that are mapped into memory, for a theta larger than
+        that; None keeps it in memory. A reservoir that is there is overwritten.
     Returns:
       theta: tree like `params`, sparse leaves [*stack, k_B] in place of dense arrays.
       opt_state: the state that `tx.update` takes.
@@ -147,7 +133,7 @@ def start(
     theta: list[Any] = []
     indices: dict[int, Index] = {}
     memory: dict[int, Any] = {}
-    store: dict[str, np.ndarray] = {}
+    store = stores.create(reservoir if recipe.method.reservoir else None)
     for i, parameter in enumerate(flat):
         dense = _made(params, treedef, i) if callable(params) else parameter.array
         only_shape = isinstance(dense, jax.ShapeDtypeStruct)
@@ -162,8 +148,8 @@ def start(
         site = sites[i]
         units = None if only_shape else site.grid.to_units(np.asarray(dense))
         if recipe.method.reservoir and units is not None:
-            units = store[site.path] = np.array(units)  # a copy of its own, writable
-        leaf = _leaf(site, seed, 0, store.get(site.path), dense.dtype)
+            units = stores.add(store, site.path, units)
+        leaf = _leaf(site, seed, 0, store.theta.get(site.path), dense.dtype)
         masks, memory[i] = recipe.method.init(leaf)
         numbers = host.numbered(site.grid, *masks)
         indices[i] = _index(numbers, masks, site, recipe)
@@ -174,7 +160,7 @@ def start(
             taken = np.take_along_axis(units, _wide(numbers, units), 1)
             theta.append(_stored(taken, site))
     packed = treedef.unflatten(theta)
-    return packed, _state(recipe, seed, treedef, indices, memory, packed), Store(store)
+    return packed, _state(recipe, seed, treedef, indices, memory, packed), store
 
 
 def shapes(
@@ -291,7 +277,7 @@ def refresh(
         value = value.reshape(slices, -1, *grid.unit)
         site = _site(i, flat[i].path, index)
         if recipe.method.reservoir:
-            units = store.theta[site.path]
+            units = store.array(site.path, (slices, grid.count, *grid.unit))
             np.put_along_axis(units, _wide(old, units), value, axis=1)
             leaf = _leaf(site, state.sparse_seed, step, units, units.dtype)
         else:
