@@ -3,8 +3,10 @@
 In the masked layout masks change inside the update, and none of this is used.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,6 +40,64 @@ def begin(
     params, carry = jax.jit(task.init)(key)
     theta, opt_state, store = tk.start(tx, params)
     return jax.device_put(State(theta, opt_state, carry), shardings), store
+
+
+class Needs(NamedTuple):
+    """Bytes that a packed run holds between steps: on one device, and on the host."""
+
+    device: int
+    host: int
+
+    def __str__(self) -> str:
+        device, host = (f"{size / 2**20:,.1f} MiB" for size in self)
+        return f"state {device} on the device, reservoir {host} on the host"
+
+
+def needs(state: State, reservoir: bool) -> Needs:
+    """What a state holds on each device, and its reservoir on the host.
+
+    Args:
+      state: ShapeDtypeStructs with shardings.
+      reservoir: whether the method keeps one.
+    """
+
+    def on_one(x: Any) -> int:
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    host = 0
+    for path, index in _indices(state.opt_state).items() if reservoir else ():
+        dtype = _by_path(state.params)[path].dtype
+        host += math.prod(index.grid.shape) * dtype.itemsize
+    return Needs(sum(map(on_one, jax.tree.leaves(state))), host)
+
+
+def require_memory(needed: Needs, free: Needs | None = None) -> None:
+    """Raises ValueError where a run needs more than there is.
+
+    Args:
+      needed: from `needs`.
+      free: what there is; None asks the system. A device that does not say how much it
+        has is not checked.
+    """
+    if free is None:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = Needs(stats.get("bytes_limit", needed.device), host)
+    for where, need, there in zip(("device", "host"), needed, free, strict=True):
+        if need > there:
+            raise ValueError(
+                f"this run holds {need / 2**20:,.0f} MiB on the {where}, and there are "
+                f"{there / 2**20:,.0f} MiB; make the model smaller, or B sparser, or "
+                "choose a method without a reservoir"
+            )
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in flat
+    }
 
 
 def described(opt_state: PyTree) -> dict[str, Any]:

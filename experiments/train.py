@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import topkast_jax as tk
-from experiments import command, compare, evaluate, log, plot
+from experiments import command, compare, evaluate, log, packing, plot
 from experiments import mesh as meshes
 from experiments import state as states
 from experiments.assembly import assemble
@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         require(cfg, AT_LEAST, {"on_nan": ON_NAN})
         run = assemble(cfg)
         mesh, task, method = run.mesh, run.task, run.method
-        run.abstract()  # what does not fit together is said now
+        abstract = run.abstract()  # what does not fit together is said now
         data = iter(task.batches("train", seed=cfg.seed, loop=True))
         data_start, batch = data.get_state(), next(data)
         batch_shardings = meshes.batch_shardings(mesh, batch, "batch")
@@ -96,6 +96,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
         require_all_read(cfg)
         restored = checkpoints.restore(prepare)
+        if run.packed:
+            needed = packing.needs(abstract, method.reservoir)
+            print(f"needs: {needed}")
+            packing.require_memory(needed)
     print(run.plan())
 
     if restored:

@@ -4,13 +4,15 @@ import pathlib
 import signal
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from runs import assert_same, hook_training_data, kill_at, rows
 
 import topkast_jax as tk
-from experiments import evaluate, packing
+from experiments import assembly, command, evaluate, packing
 from experiments.checkpoint import Checkpoints
+from experiments.config import Watched
 from experiments.train import train
 
 RIGL: dict[str, Any] = dict(
@@ -124,3 +126,29 @@ def test_steps_without_effect_do_not_shift_the_schedule(
         for workdir in (one, two)
     ]
     assert churned[0] == churned[1] and len(churned[0]) == 3
+
+
+def test_bytes_are_told_and_too_few_are_an_error(
+    tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The reservoir: 16 x 32 and 32 x 1 floats."""
+    train(packed(tiny), tmp_path / "fits")
+    printed = capsys.readouterr().out
+    assert "reservoir 0.0 MiB on the host" in printed
+    run = assembly.assemble(Watched(packed(tiny)))
+    needed = packing.needs(run.abstract(), True)
+    assert needed.host == 4 * (16 * 32 + 32)
+    state, _ = run.begin()
+    assert needed.device == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert packing.needs(run.abstract(), False).host == 0
+    for free, where in (
+        (packing.Needs(needed.device - 1, needed.host), "device"),
+        (packing.Needs(needed.device, needed.host - 1), "host"),
+    ):
+        with pytest.raises(ValueError, match=f"on the {where}, and there are"):
+            packing.require_memory(needed, free)
+    monkeypatch.setattr(packing.os, "sysconf", lambda name: 1)
+    with pytest.raises(command.BadInput, match="on the host, and there are 0 MiB"):
+        train(packed(tiny), tmp_path / "does not")
+    assert not (tmp_path / "does not").exists()
