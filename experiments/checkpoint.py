@@ -124,8 +124,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         if store is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"{packing.RESERVOIR}-*"):
-                shutil.rmtree(left)  # of a save that was killed
+            self._adopt()
             self._reservoir = self.folder / f"{packing.RESERVOIR}-{step}"
             store.save(self._reservoir)
             meta = {**meta, "packed": packing.described(state.opt_state)}
@@ -191,6 +190,7 @@ class Checkpoints:
             return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()
+        self._adopt()
         return self._newest(targets, read, set_aside=True)
 
     def weights(self, prepare: Callable[[dict[str, Any]], PyTree]) -> Weights | None:
@@ -266,6 +266,20 @@ class Checkpoints:
                 "over, name another workdir, or move this folder away"
             )
         return None
+
+    def _adopt(self) -> None:
+        """Puts reservoirs of a process that was killed where they belong.
+
+        It may have written both halves of a checkpoint and not put them together. What
+        belongs to no checkpoint was cut off in the middle, and goes.
+        """
+        for left in self.folder.glob(f"{packing.RESERVOIR}-*"):
+            step = self.folder / left.name.rpartition("-")[2]
+            if step.is_dir() and not (step / packing.RESERVOIR).exists():
+                os.replace(left, step / packing.RESERVOIR)
+                seal.close(step)
+            else:
+                shutil.rmtree(left)
 
     def _set_aside(self, step: int) -> pathlib.Path:
         folder = self.folder.parent / "damaged"

@@ -154,6 +154,8 @@ class Refresh:
       tx: the transformation.
       method: of `tx`.
       store: the reservoir; written in place.
+      state: that the loop goes on from.
+      step: steps made until then.
     """
 
     def __init__(
@@ -162,9 +164,12 @@ class Refresh:
         tx: optax.GradientTransformation,
         method: tk.Method,
         store: tk.Store,
+        state: State,
+        step: int,
     ) -> None:
         self.tx, self.method, self.store = tx, method, store
-        self._loss, self._behind = _loss(task), 0
+        self._loss = _loss(task)
+        self._behind = step - int(state.opt_state.sparse_step)
 
     def before(self, state: State, step: int, *arguments: Any) -> PyTree:
         """What the refresh after step `step` needs of its gradient; before it is made.

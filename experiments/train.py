@@ -130,7 +130,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         began = time.perf_counter()
         compiled_for = _shapes(state)
         step = run.compile(state, *arguments)
-        refresh = Refresh(task, run.tx, method, store) if store else None
+        refresh = None
+        if store is not None:
+            refresh = Refresh(task, run.tx, method, store, state, at.step)
         out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
         if method and cfg.dense_steps and not log.last(workdir, "dense"):
             beside = compare.with_dense(
@@ -209,7 +211,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     data.set_state(back.data)
                     if back.store is not None:
                         store = back.store
-                        refresh = Refresh(task, run.tx, method, store)
+                        refresh = Refresh(task, run.tx, method, store, state, at.step)
                     out.rewind(at.step)
                     out.say(f"{problem}; back to step {at.step}, without the batch")
                     continue

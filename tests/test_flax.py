@@ -59,7 +59,7 @@ AXES = {
 def start(model: nn.Module, x: Any, layout: Any, structure: tk.Structure) -> Any:
     params = model.init(KEY, x)["params"]
     known = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = ["/".join(k.key for k in path) for path, _ in known]
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in known]
     axes = {
         p: a for p, a in AXES.items() if p in names or "layers/dense/kernel" in names
     }
@@ -160,3 +160,30 @@ def test_computes_in_the_dtype_of_the_layer():
     np.testing.assert_allclose(
         y.astype(jnp.float32), dense.astype(jnp.float32), atol=0.05
     )
+
+
+class Scaled(nn.Dense):
+    """A layer whose call is not that of nn.Dense."""
+
+    def __call__(self, x: Any) -> Any:
+        return 10 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Scaled(64), "expanded: Scaled is not a Dense"),
+        (nn.Dense(64, precision="highest"), "expanded: the layer asks for a precision"),
+    ],
+)
+def test_layers_with_a_mind_of_their_own_are_expanded(model, reason):
+    x = jax.random.normal(KEY, (4, 64))
+    (said,) = compare(model, x, "block", tk.blocks(32, 32)).values()
+    assert said.startswith(reason)
+
+
+def test_boxed_kernels():
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model, x = nn.Dense(64, kernel_init=boxed), jax.random.normal(KEY, (4, 64))
+    found = compare(model, x, "block", tk.blocks(32, 32))
+    assert set(found) == {"kernel"}

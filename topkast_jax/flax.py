@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from topkast_jax._trees import path_name
 from topkast_jax._types import PyTree
 from topkast_jax.layouts.packed import BlockMatrix, expand
 from topkast_jax.ops import sparse_matmul
@@ -40,7 +41,8 @@ def apply(model: nn.Module) -> Callable[..., Any]:
 
     nn.Dense, nn.DenseGeneral and 1x1 nn.Conv layers multiply by units, also inside
     nn.scan and nn.remat; no other layer can, so their parameters are expanded first.
-    `routes` tells which is which. Parameters without a BlockMatrix go to `model.apply`
+    `routes` tells which is which. A kernel that the model also reads in another way than
+    by calling its layer (a tied output) must stay dense. Parameters without a BlockMatrix go to `model.apply`
     as they are.
 
     Args:
@@ -63,6 +65,7 @@ def apply(model: nn.Module) -> Callable[..., Any]:
     def call(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not _sparse(variables["params"]):
             return model.apply(variables, *args, **kwargs)
+        variables = {**variables, "params": nn.meta.unbox(variables["params"])}
         reasons = _reasons(model, variables, *args, **kwargs)
 
         def ready(path: Any, leaf: Any) -> Any:
@@ -93,6 +96,7 @@ def routes(
       The name of an implementation (`tk.ops.IMPLEMENTATIONS`), or "expanded: " and why
       the layer cannot multiply by units.
     """
+    variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     reasons = _reasons(model, variables, *args, **kwargs)
     found = {}
     for path, matrix in _sparse(variables["params"]).items():
@@ -108,7 +112,7 @@ def _is_block(node: Any) -> bool:
 
 
 def _words(path: Any) -> Path:
-    return tuple(str(key.key) for key in path)
+    return tuple(path_name(path).split("/"))
 
 
 def _sparse(params: PyTree) -> dict[Path, BlockMatrix]:
@@ -148,18 +152,28 @@ def _reasons(
     return found
 
 
+def _known(module: nn.Module) -> bool:
+    """Whether calling a module is what calling one of `_LAYERS` is."""
+    own = type(module).__call__
+    return any(isinstance(module, layer) and own is layer.__call__ for layer in _LAYERS)
+
+
 def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> str:
-    if not isinstance(module, _LAYERS):
+    if not _known(module):
         return f"{type(module).__name__} is not a Dense, DenseGeneral or 1x1 Conv layer"
     if len(args) != 1 or kwargs:
         return f"{type(module).__name__} was called with more than its input"
     if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
         return "the layer has a dot_general of its own"
+    if getattr(module, "precision", None) is not None:
+        return "the layer asks for a precision"
     try:
         contraction = _contraction(module, args[0])
     except NotImplementedError as error:
         return str(error)
     grid = matrix.index.grid
+    if grid.axes.stack != tuple(range(len(grid.stack))):
+        return "its stack axes do not come first"
     grid = grid.inner(len(grid.stack))
     inputs = tuple(sorted(grid.axes.window + grid.axes.inputs))
     contracted = int(np.prod([args[0].shape[a] for a in contraction.axes]))
@@ -204,7 +218,7 @@ def _pointwise(module: Any, x: Any) -> Contraction:
 def _multiply(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Interceptor: the layer's own call, with a sparse product for its kernel."""
     module: Any = context.module
-    if context.method_name != "__call__" or not isinstance(module, _LAYERS):
+    if context.method_name != "__call__" or not _known(module):
         return next_call(*args, **kwargs)
     kernel: Any = module.get_variable("params", "kernel")
     if not isinstance(kernel, BlockMatrix):

@@ -9,6 +9,7 @@ import optax
 
 from topkast_jax import _trees
 from topkast_jax._types import PyTree
+from topkast_jax.layouts.packed import Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ def health(opt_state: optax.OptState) -> Health:
       ValueError: no `tk.sparse` in the state.
     """
     every = _trees.masks(opt_state).forward
-    paths = jax.tree_util.tree_flatten_with_path(every, is_leaf=lambda x: x is None)[0]
+    paths = jax.tree_util.tree_flatten_with_path(
+        every, is_leaf=lambda x: x is None or isinstance(x, Index)
+    )[0]
     names = {
         _trees.path_id(n): n for n in (_trees.path_name(keys) for keys, _ in paths)
     }

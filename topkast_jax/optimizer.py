@@ -35,6 +35,8 @@ def sparse(
 ) -> Sparse:
     """Trains with `inner` on the sets that `method` chooses.
 
+    Updates are not differentiable in reverse mode where masks change.
+
     The last transformation: only what passes or withholds a whole update may enclose it
     (MultiSteps, apply_if_finite, masked, multi_transform); clipping, decay, schedules,
     averaging go inside. With g the gradient of the loss at `tk.sparsify(theta, masks)`:

@@ -34,8 +34,9 @@ def transformation(recipe: Recipe) -> Sparse:
     def init_fn(params: PyTree) -> Any:
         del params
         raise ValueError(
-            'layout="packed" changes the arrays that are trained: begin with '
-            "theta, opt_state, store = tk.start(tx, params), not with tx.init"
+            f"layout={recipe.layout!r} changes the arrays that are trained: begin with "
+            "theta, opt_state, store = tk.start(tx, params), not with tx.init; nothing "
+            "can enclose this transformation, so MultiSteps and the like go inside"
         )
 
     def update_fn(
@@ -101,6 +102,9 @@ def start(
 ) -> tuple[PyTree, optax.OptState, Store]:
     """Packs parameters: what is trained, its optimizer state, and the reservoir.
 
+    Packed parameters have fewer axes than dense ones. Masks and labels of the inner
+    optimizer that go by `ndim` (which weights decay) must be made from the dense ones.
+
     Args:
       tx: `tk.sparse(..., layout="packed")`.
       params: the dense parameters, arrays of NumPy or JAX; or a function without
@@ -160,7 +164,51 @@ def start(
             taken = np.take_along_axis(units, _wide(numbers, units), 1)
             theta.append(_stored(taken, site))
     packed = treedef.unflatten(theta)
+    _require_slots(recipe, shapes, packed, [flat[i] for i in sites])
     return packed, _state(recipe, seed, treedef, indices, memory, packed), store
+
+
+def _require_slots(
+    recipe: Recipe, dense: PyTree, packed: PyTree, sparse: list[_trees.Parameter]
+) -> None:
+    """Raises ValueError where an optimizer's state cannot follow a refresh.
+
+    An array of the state must belong to a parameter by its path, and a packed parameter
+    must be treated as the dense one is, whatever its rank.
+    """
+
+    def kept(params: PyTree) -> list[tuple[str, Any]]:
+        state = jax.eval_shape(recipe.inner.init, params)
+        return [
+            (_trees.path_name(keys), leaf)
+            for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+            if leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+
+    paths = [p.path for p in _trees.parameters(dense)[0]]
+    values = {p.path: p.array.size for p in _trees.parameters(packed)[0]}
+    least = min(values[p.path] for p in sparse)
+    found = kept(packed)
+    for name, leaf in found:
+        if leaf.size >= least and not any(_ends(name, path) for path in paths):
+            raise ValueError(
+                f"the inner optimizer keeps an array of shape {leaf.shape} at {name!r} "
+                "that belongs to no parameter (optax.flatten does so): nothing tells "
+                'which entries it is about when they move; use layout="masked"'
+            )
+    before = kept(dense)
+    for p in sparse:
+        was, now = (sum(_ends(n, p.path) for n, _ in some) for some in (before, found))
+        if was != now:
+            raise ValueError(
+                f"the inner optimizer keeps {was} arrays for {p.path!r} when it is dense, "
+                f"and {now} when it is packed: it goes by the number of axes (as muon "
+                'does), and packed parameters have one; use layout="masked"'
+            )
+
+
+def _ends(name: str, path: str) -> bool:
+    return name == path or name.endswith(f"/{path}")
 
 
 def shapes(
@@ -191,7 +239,10 @@ def shapes(
     struct: Any = jax.ShapeDtypeStruct
     theta = [struct(jnp.shape(p.array), p.array.dtype) for p in flat]
     indices: dict[int, Index] = {}
-    for site in plan_lib.sites(recipe.method, recipe.axes, flat):
+    found = plan_lib.sites(recipe.method, recipe.axes, flat)
+    if unknown := sorted(set(sizes or {}) - {site.path for site in found}):
+        raise ValueError(f"tk.shapes: sizes for {unknown[0]!r}, which is not sparse")
+    for site in found:
         each = site.grid.selections
         first, second = (each * k for k in site.counts)
         first, second = (sizes or {}).get(site.path, (first, second))
@@ -450,14 +501,20 @@ def _moved(
     sources: dict[int, np.ndarray],
     indices: dict[int, Index],
 ) -> PyTree:
-    """Slots of the inner optimizer: old values where a unit stays, else fresh ones."""
-    leaves, treedef = _trees.flatten(state)
+    """Slots of the inner optimizer: old values where a unit stays, else fresh ones.
+
+    What belongs to a sparse parameter and is no slot (factored moments) begins anew: it
+    sums over units that are not where they were.
+    """
+    leaves, treedef = _trees.parameters(state)
     news = treedef.flatten_up_to(fresh)
     owners = _trees.slots(state, params)
     out = []
-    for old, new, owner in zip(leaves, news, owners, strict=True):
+    for leaf, new, owner in zip(leaves, news, owners, strict=True):
+        old = leaf.array
         if owner is None or owner not in sources:
-            out.append(old)
+            sums = any(_ends(leaf.path, params[i].path) for i in sources)
+            out.append(new if owner is None and sums else old)
             continue
         unit = indices[owner].grid.unit
         source = jnp.asarray(sources[owner])

@@ -152,3 +152,48 @@ def test_bytes_are_told_and_too_few_are_an_error(
     with pytest.raises(command.BadInput, match="on the host, and there are 0 MiB"):
         train(packed(tiny), tmp_path / "does not")
     assert not (tmp_path / "does not").exists()
+
+
+def test_killed_before_the_halves_of_a_checkpoint_were_put_together(
+    tiny: Any, tmp_path: pathlib.Path
+) -> None:
+    """As after kill -9: the reservoir lies beside the newest checkpoint, not in it."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for workdir in (whole, parts):
+        train(packed(tiny), workdir)
+    folder = parts / "checkpoints"
+    (folder / "12" / packing.RESERVOIR).rename(folder / f"{packing.RESERVOIR}-12")
+    (folder / "12" / "sha256.json").unlink()
+    (folder / f"{packing.RESERVOIR}-16.tmp").mkdir()  # of a save cut off later
+    assert train(packed(tiny), parts).step == 12
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["12", "8"] and not (parts / "damaged").exists()
+    one, two = (
+        tk.load_store(w / "checkpoints" / "12" / packing.RESERVOIR)
+        for w in (whole, parts)
+    )
+    assert_same(one.theta, two.theta)
+
+
+def test_a_lag_of_the_schedule_survives_a_resume(
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step without effect, a resume, and then `stop` falls one step later."""
+
+    def poison(number: int, batch: Any) -> Any:
+        return {**batch, "x": batch["x"] * np.nan} if number == 2 else batch
+
+    def config() -> Any:
+        made = packed(tiny, on_nan="skip")
+        made.sparse.stop = 8
+        return made
+
+    def poison_and_kill(number: int, batch: Any) -> Any:
+        return kill_at(8, signal.SIGTERM)(number, poison(number, batch))
+
+    with monkeypatch.context() as patched:
+        hook_training_data(patched, poison_and_kill)
+        assert train(config(), tmp_path).step == 8
+    hook_training_data(monkeypatch, poison)
+    done = train(config(), tmp_path)
+    assert done.state.params["hidden"]["kernel"].shape == (128,)

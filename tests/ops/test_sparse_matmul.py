@@ -139,3 +139,23 @@ def test_blocks_form_no_dense_array():
     assert "f32[20,32,32]" in text
     for dense in ("256,320", "320,256", "81920"):
         assert dense not in text
+
+
+@pytest.mark.parametrize("name", ["expanded", "blocks", "batch"])
+def test_dtypes_promote_as_in_a_dense_product(name):
+    found, *_ = matrix(STRUCTURES["blocks"])
+    x = jnp.ones((2, INPUTS), jnp.bfloat16)
+    assert tk.ops.sparse_matmul(x, found, name).dtype == jnp.float32
+
+
+def test_a_stack_is_refused():
+    tx = tk.sparse(
+        optax.sgd(0.1),
+        tk.static(0.5),
+        layout="block",
+        axes=tk.axes({"kernel": "s i o"}),
+    )
+    theta, state, _ = tk.start(tx, {"kernel": jnp.ones((3, 8, 8))})
+    alpha = tk.sparsify(theta, tk.masks(state))
+    with pytest.raises(ValueError, match="a stack of matrices .3,.: take one"):
+        tk.ops.sparse_matmul(jnp.ones((2, 8)), alpha["kernel"])

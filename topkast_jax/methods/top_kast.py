@@ -101,10 +101,10 @@ def top_kast(
         raise ValueError(f"stop={stop} must not be negative")
 
     def counts(shapes: Shapes, copies: Copies) -> Any:
+        first = distribution(shapes, forward_sparsity, copies)
+        second = distribution(shapes, backward_sparsity, copies)
         return distribution_lib.forward_and_backward(
-            distribution(shapes, forward_sparsity, copies),
-            distribution(shapes, backward_sparsity, copies),
-            shapes,
+            first, first if stop == 0 else second, shapes
         )
 
     def due(step: Any) -> Any:

@@ -47,7 +47,7 @@ def sparse_matmul(
       [..., outputs], or [outputs, rows]; outputs are flattened in C order.
     Raises:
       NotImplementedError: the named implementation does not do this structure.
-      ValueError: an unknown name, or shapes that do not fit.
+      ValueError: an unknown name, shapes that do not fit, or a stack of matrices.
     """
     x = jnp.asarray(x)
     name = choose(matrix.index) if implementation is None else implementation
@@ -56,13 +56,20 @@ def sparse_matmul(
             f"implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
         )
     _, inputs, outputs = matrix.index.here.whole
+    if matrix.index.index.ndim > 1:
+        raise ValueError(
+            f"a stack of matrices {matrix.index.index.shape[:-1]}: take one of them, by "
+            "scan or vmap"
+        )
+    dtype = jnp.result_type(x, matrix.values)
+    x, values = x.astype(dtype), matrix.values.astype(dtype)
     if (x.shape[0] if features_first else x.shape[-1]) != inputs:
         raise ValueError(
             f"x of shape {x.shape} does not fit a matrix of {inputs} inputs"
         )
     if features_first:
-        return _matmul(name, x, matrix.values, matrix.index)
-    y = _matmul(name, x.reshape(-1, inputs).T, matrix.values, matrix.index)
+        return _matmul(name, x, values, matrix.index)
+    y = _matmul(name, x.reshape(-1, inputs).T, values, matrix.index)
     return y.T.reshape(*x.shape[:-1], outputs)
 
 
