@@ -90,7 +90,9 @@ def compare(model: nn.Module, x: Any, layout: Any, structure: tk.Structure) -> A
     return tk.flax.routes(model, {"params": alpha}, x)
 
 
-@pytest.mark.parametrize("layout", ["packed", "block"])
+@pytest.mark.parametrize(
+    "layout", ["block", pytest.param("packed", marks=pytest.mark.slow)]
+)
 def test_every_kind_of_layer(layout):
     x = jax.random.normal(KEY, (2, 6, 6, 16))
     found = compare(Mixed(), x, layout, tk.blocks(8, 8))

@@ -127,7 +127,9 @@ def test_no_refresh_from_infinite_parameters():
     assert float(tk.metrics.churn(tk.masks(state), tk.masks(after))) == 0
 
 
-@pytest.mark.parametrize("name", ["top_kast", "set", "rigl"])
+@pytest.mark.parametrize(
+    "name", ["top_kast", "rigl", pytest.param("set", marks=pytest.mark.slow)]
+)
 def test_drop_in_is_sparsify(name):
     method = {
         "top_kast": tk.top_kast(0.8, 0.6, refresh=tk.every(2)),

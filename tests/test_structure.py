@@ -97,17 +97,27 @@ def test_n_of_m():
 STRUCTURES = [tk.blocks(2, 4), tk.fan_in(), tk.fan_in(1, 4), tk.n_of_m(4)]
 
 
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.name)
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda **o: tk.top_kast(0.75, 0.5, **o),
-        lambda **o: tk.top_kast(0.75, 0.5, explore="random", **o),
-        lambda **o: tk.set_(0.75, **o),
-        lambda **o: tk.rigl(0.75, **o),
-    ],
-    ids=["top_kast", "top_kast_random", "set", "rigl"],
-)
+METHODS = {
+    "top_kast": lambda **o: tk.top_kast(0.75, 0.5, **o),
+    "top_kast_random": lambda **o: tk.top_kast(0.75, 0.5, explore="random", **o),
+    "set": lambda **o: tk.set_(0.75, **o),
+    "rigl": lambda **o: tk.rigl(0.75, **o),
+}
+# Each method once; the rest is slow.
+FAST = list(zip(METHODS, STRUCTURES, strict=True))
+CELLS = [
+    pytest.param(
+        METHODS[name],
+        structure,
+        id=f"{name}-{structure.name}",
+        marks=[] if (name, structure) in FAST else pytest.mark.slow,
+    )
+    for name in METHODS
+    for structure in STRUCTURES
+]
+
+
+@pytest.mark.parametrize(("make", "structure"), CELLS)
 def test_refreshes_keep_the_pattern(make, structure):
     """Ten steps: the counts stay, A lies in B, the masks move, units stay whole."""
     method = make(refresh=tk.every(2), structure=structure)

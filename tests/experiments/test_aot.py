@@ -22,7 +22,9 @@ def test_the_report_tells_bytes_and_collectives() -> None:
     assert lines[-1].split() == ["collectives", "none"]
 
 
-@pytest.mark.parametrize("layout", ["masked", "packed"])
+@pytest.mark.parametrize(
+    "layout", ["packed", pytest.param("masked", marks=pytest.mark.slow)]
+)
 def test_a_step_compiles_from_shapes_alone(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:

@@ -32,7 +32,9 @@ def numbers(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return rows(workdir, "train") + rows(workdir, "eval")
 
 
-@pytest.mark.parametrize("method", ["top_kast", "rigl"])
+@pytest.mark.parametrize(
+    "method", ["rigl", pytest.param("top_kast", marks=pytest.mark.slow)]
+)
 def test_the_same_run_as_masked(tiny: Any, tmp_path: pathlib.Path, method: str) -> None:
     masked = packed(tiny, method)
     masked.sparse.layout = "masked"
@@ -51,8 +53,15 @@ def test_the_same_run_as_masked(tiny: Any, tmp_path: pathlib.Path, method: str) 
     assert outcome.state.params["hidden"]["kernel"].shape == (kept,)
 
 
-@pytest.mark.parametrize(("method", "stop"), [("top_kast", 6), ("rigl", None)])
-@pytest.mark.parametrize("number", [4, 8])
+@pytest.mark.parametrize(
+    ("method", "stop", "number"),
+    [
+        ("top_kast", 6, 8),
+        ("rigl", None, 4),
+        pytest.param("top_kast", 6, 4, marks=pytest.mark.slow),
+        pytest.param("rigl", None, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     tiny: Any,
     tmp_path: pathlib.Path,

@@ -22,7 +22,10 @@ from experiments.train import train
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("number", "what"), [(4, signal.SIGINT), (7, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [(4, signal.SIGINT), pytest.param(7, signal.SIGTERM, marks=SLOW)],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     tiny: Any,
     tmp_path: pathlib.Path,

@@ -61,7 +61,7 @@ def data(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 def run(full: bool) -> None:
     """Losses of 20 steps: the sharded run against one device, from equal states."""
-    cells = [("top_kast", "both", "auto"), ("rigl", "fsdp", "explicit")]
+    cells = [("rigl", "both", "explicit")]
     if full:
         cells = [(m, a, b) for m in methods() for a in LAYOUTS for b in KINDS]
     for name, layout, kind in cells:
