@@ -26,10 +26,9 @@ def test_step_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_layouts_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    layouts.main(["--quick"])
+    layouts.main(["--quick", "--ways=fan-in"])
     out = capsys.readouterr().out
-    for way in layouts.WAYS:
-        assert f"| {way.name} " in out
+    assert "| block, fan-in 1x256 " in out and "masked" not in out
     assert "nan" not in out and "Top-KAST 90/80" in out
 
 

@@ -120,7 +120,12 @@ def test_blocks_worth_a_product_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "structure", [tk.unstructured, tk.blocks(8, 8), tk.fan_in(2, 16)]
+    "structure",
+    [
+        tk.unstructured,
+        pytest.param(tk.blocks(8, 8), marks=pytest.mark.slow),
+        pytest.param(tk.fan_in(2, 16), marks=pytest.mark.slow),
+    ],
 )
 def test_inside_scan_and_remat(structure):
     found = compare(Stacked(), jax.random.normal(KEY, (2, 16)), "block", structure)

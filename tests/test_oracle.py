@@ -103,7 +103,9 @@ CASES = {
 CELLS = [
     *((case, "init") for case in CASES),
     # One case for each way in which masks move.
-    *((case, "keep") for case in ("top_kast_adam", "set", "rigl_adam")),
+    ("top_kast_adam", "keep"),
+    pytest.param("set", "keep", marks=pytest.mark.slow),
+    pytest.param("rigl_adam", "keep", marks=pytest.mark.slow),
 ]
 
 

@@ -36,8 +36,7 @@ CELLS = [
     *((name, "entries", PLAIN) for name in METHODS if name != "top_kast_random"),
     ("top_kast_random", "fan_in_blocks", STACKED),
     ("top_kast", "blocks", STACKED),
-    ("top_kast", "fan_in", STACKED),
-    ("set", "n_of_m", PLAIN),
+    ("top_kast", "n_of_m", STACKED),
     ("rigl", "blocks", PLAIN),
 ]
 REST = [

@@ -45,7 +45,14 @@ def matrix(structure: tk.Structure, axes: str = "i o", seed: int = 0) -> Any:
     return found, alpha.reshape(INPUTS, OUTPUTS), b.reshape(INPUTS, OUTPUTS)
 
 
-@pytest.mark.parametrize("axes", SHAPES)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        "i o",
+        "i i o",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("i o o", "k i o")),
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "structure"),
     [
