@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
-    ["distribution", "schedule", "score", "select", "structure"],
+    ["distribution", "schedule", "score", "select", "structure", "grid"],
     ["layouts", "forward", "ops"],
     ["methods"],
     ["plan", "transformation", "faults", "packed", "probe", "optimizer", "health",

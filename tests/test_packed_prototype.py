@@ -17,8 +17,8 @@ import topkast_jax as tk
 from topkast_jax._trees import leaf_key
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks
 from topkast_jax.draw import position_of
+from topkast_jax.grid import Grid
 from topkast_jax.layouts.masked import MaskedLeaf
-from topkast_jax.structure import Grid
 
 SHAPE = (12, 15)
 SIZE = 180

@@ -8,7 +8,7 @@ import pytest
 
 import topkast_jax as tk
 from topkast_jax._types import Axes, Counts
-from topkast_jax.structure import Grid, grid
+from topkast_jax.grid import Grid, grid
 
 PLAIN = Axes((), (), (0,), (1,))
 

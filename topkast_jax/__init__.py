@@ -9,6 +9,7 @@ from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, Spa
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
+from topkast_jax.grid import Grid
 from topkast_jax.health import Health, NonFinite, check, health
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
@@ -21,7 +22,14 @@ from topkast_jax.probe import Found, probe
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import state_shardings
-from topkast_jax.structure import Grid, Structure, blocks, fan_in, n_of_m, unstructured
+from topkast_jax.structure import (
+    Structure,
+    blocks,
+    fan_in,
+    groups_of,
+    n_of_m,
+    unstructured,
+)
 from topkast_jax.transformation import Sparse, plan
 
 
@@ -71,6 +79,7 @@ __all__ = [
     "fan_in",
     "fan_in_normal",
     "first_due",
+    "groups_of",
     "health",
     "kernels",
     "load_store",

@@ -172,14 +172,14 @@ def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> 
     except NotImplementedError as error:
         return str(error)
     grid = matrix.index.grid
-    if grid.axes.stack != tuple(range(len(grid.stack))):
+    if grid.axes.stack != tuple(range(len(grid.axes.stack))):
         return "its stack axes do not come first"
-    grid = grid.inner(len(grid.stack))
+    grid = grid.inner(len(grid.axes.stack))
     inputs = tuple(sorted(grid.axes.window + grid.axes.inputs))
     contracted = int(np.prod([args[0].shape[a] for a in contraction.axes]))
-    if inputs != tuple(range(len(inputs))) or contracted != grid.whole[1]:
+    if inputs != tuple(range(len(inputs))) or contracted != grid.matrix_shape[0]:
         return (
-            f"its axes are declared to have {grid.whole[1]} inputs, and the layer "
+            f"its axes are declared to have {grid.matrix_shape[0]} inputs, and the layer "
             f"contracts {contracted}; declare them with tk.axes"
         )
     return ""

@@ -90,7 +90,7 @@ def fan_in_normal(key: jax.Array, index: Index, dtype: Any) -> Array:
       index: which units are drawn; `index.stored` is the shape to return.
       dtype: of the values.
     """
-    scale = index.grid.whole[1] ** -0.5
+    scale = index.grid.matrix_shape[0] ** -0.5
     return scale * jax.random.normal(key, index.stored, dtype)
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from topkast_jax import _trees
-from topkast_jax import structure as structures
+from topkast_jax import grid as grids
 from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import Axes, Counts, Method, PyTree
-from topkast_jax.structure import Grid
+from topkast_jax.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,9 @@ def sites(method: Method, rules: AxesRules, params: Sequence[Parameter]) -> list
         if p.path not in chosen:
             continue
         asked = counts[p.path]
-        grid = structures.grid(method.structure, p.path, shapes[p.path], roles[p.path])
-        units = asked if grid.selections == grid.entries == 1 else grid.quantise(asked)
+        grid = grids.grid(method.structure, p.path, shapes[p.path], roles[p.path])
+        whole = grid.structure.parts == grid.selections == grid.entries == 1
+        units = asked if whole else grid.quantise(asked)
         found.append(Site(i, p.path, grid, units, asked))
     return found
 
@@ -184,7 +185,8 @@ def make(
         for letter, group in zip("skio", site.axes, strict=True):
             letters |= dict.fromkeys(group, letter)
         text = " ".join(letters[a] for a in range(len(shape)))
-        each = copies * site.grid.selections * site.grid.entries
+        grid = site.grid
+        each = grid.whole[0] * grid.selections * grid.entries
         kept = (each * site.counts.forward, each * site.counts.backward)
         wanted = (copies * site.asked.forward, copies * site.asked.backward)
         asked = None if kept == wanted else wanted

@@ -14,7 +14,6 @@ from topkast_jax import _trees
 from topkast_jax._types import PyTree
 from topkast_jax.layouts.packed import Index, Probed, scatter
 from topkast_jax.select import top_k
-from topkast_jax.structure import total
 
 
 @functools.partial(
@@ -91,12 +90,11 @@ def _probe_one(
     zero = jnp.zeros(grid.shape, leaves[i].dtype)
     grad, dense = jax.grad(of_leaf, argnums=(0, 1))(leaves[i], zero)
     units = grid.to_units(dense)  # [slices, units, *unit]
-    scores = total(jnp.abs(units), len(grid.unit))
     present = jnp.broadcast_to(index.in_forward, index.stored)
     absent = ~grid.of_entries(scatter(present, index))
     k = index.k_forward // grid.selections
     k = min(k, grid.size - k)
-    array = scores.reshape(grid.units) if not grid.plain else jnp.abs(dense)
+    array = grid.scores(jnp.abs(dense))
     chosen = top_k(array, k, grid.roles.within, absent, key)
     marks = chosen.reshape(len(units), -1)
     if grid.plain:

@@ -5,16 +5,9 @@ over a whole slice, or within each output column (constant fan-in), or within gr
 M neighbours (N:M). The score of a unit is the sum of the scores of its entries.
 """
 
-import dataclasses
-import math
-from typing import Any, Literal, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Shaped
-
-from topkast_jax._types import Axes, Counts
+import fnmatch
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 Scope = Literal["slice", "column", "group"]
 
@@ -28,12 +21,17 @@ class Structure(NamedTuple):
       scope: units compete within a "slice" (the whole parameter, unless it is stacked),
         an output "column" of units, or a "group".
       group: M, neighbours along the inputs that form a group.
+      parts: equal parts of the parameter that select apart; see `groups_of`.
+      along: axis that is cut into parts, "outputs" or "inputs"; or pairs (glob of a
+        path, axis), first match wins.
     """
 
     name: str
     block: tuple[int, int] = (1, 1)
     scope: Scope = "slice"
     group: int = 1
+    parts: int = 1
+    along: str | tuple[tuple[str, str], ...] = "outputs"
 
 
 unstructured = Structure("unstructured")
@@ -79,258 +77,54 @@ def n_of_m(m: int) -> Structure:
     return Structure(f"N:{m}", (1, 1), "group", m)
 
 
+def groups_of(
+    groups: int,
+    structure: Structure = unstructured,
+    along: str | Mapping[str, str] = "outputs",
+) -> Structure:
+    """Selects apart in equal parts of every parameter, so that each can live alone.
+
+    A packed parameter is sharded by these groups: a mesh axis that cuts it must divide
+    their number. They belong to the method and not to the mesh, so that the same masks
+    come out on any mesh.
+
+    Args:
+      groups: how many.
+      structure: what is selected in each.
+      along: the axis that is cut, "outputs" or "inputs" (the first of several); or
+        globs of paths to axes, first match wins.
+    Raises:
+      ValueError: fewer than one group, an unknown axis, or groups within groups. When
+        a parameter does not divide, `init` raises and names it.
+    Example:
+      >>> groups_of(4, blocks(8, 128)).name
+      'blocks 8x128, in 4 groups'
+    """
+    _require_positive("groups_of", groups)
+    pairs = (("*", along),) if isinstance(along, str) else tuple(along.items())
+    for _, axis in pairs:
+        if axis not in ("inputs", "outputs"):
+            raise ValueError(f"groups_of: along={axis!r} is not 'inputs' or 'outputs'")
+    if structure.parts != 1:
+        raise ValueError(f"groups_of: {structure.name} is in groups already")
+    if groups == 1:
+        return structure
+    name = f"{structure.name}, in {groups} groups"
+    return structure._replace(name=name, parts=groups, along=pairs)
+
+
 def _require_positive(name: str, *sides: int) -> None:
     if min(sides) < 1:
         raise ValueError(f"{name}: {'x'.join(map(str, sides))}: sides are at least 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The units of one parameter: [slices, rows, columns], each of a block's entries.
-
-    Attributes:
-      shape: of the parameter.
-      axes: their roles.
-      structure: with the block cut to the parameter's sides.
-    """
-
-    shape: tuple[int, ...]
-    axes: Axes
-    structure: Structure
-
-    @property
-    def whole(self) -> tuple[int, int, int]:
-        """(slices, inputs, outputs) of the parameter; the window counts as inputs."""
-
-        def product(group: tuple[int, ...]) -> int:
-            return math.prod(self.shape[a] for a in group)
-
-        rows = product(self.axes.window) * product(self.axes.inputs)
-        return product(self.axes.stack), rows, product(self.axes.outputs)
-
-    @property
-    def units(self) -> tuple[int, ...]:
-        """Shape of the array of units that selections run over."""
-        slices, inputs, outputs = self.whole
-        rows = inputs // self.structure.block[0]
-        columns = outputs // self.structure.block[1]
-        if self.structure.scope == "group":
-            per = self.structure.group
-            return (slices, rows // per, per, columns)
-        return (slices, rows, columns)
-
-    @property
-    def array(self) -> tuple[int, ...]:
-        """Shape of what `scores` returns: the parameter's own where `plain`."""
-        return self.shape if self.plain else self.units
-
-    @property
-    def plain(self) -> bool:
-        """Whether a unit is an entry in its place, so that nothing is reshaped."""
-        return self.structure.block == (1, 1) and self.structure.scope != "group"
-
-    @property
-    def roles(self) -> Axes:
-        """Axes of the array of units; of the parameter itself where `plain`."""
-        column = self.structure.scope == "column"
-        if self.plain:
-            if not column:
-                return self.axes
-            stack = tuple(sorted(self.axes.stack + self.axes.outputs))
-            return Axes(stack, self.axes.window, self.axes.inputs, ())
-        if self.structure.scope == "group":
-            return Axes((0, 1, 3), (), (2,), ())
-        return Axes((0, 2), (), (1,), ()) if column else Axes((0,), (), (1,), (2,))
-
-    @property
-    def size(self) -> int:
-        """Units that compete in one selection."""
-        _, rows, *rest = self.units
-        if self.structure.scope == "column":
-            return rows
-        return rest[0] if self.structure.scope == "group" else rows * rest[0]
-
-    @property
-    def selections(self) -> int:
-        """Selections in one slice."""
-        return math.prod(self.units[1:]) // self.size
-
-    @property
-    def entries(self) -> int:
-        """Entries of one unit."""
-        return math.prod(self.structure.block)
-
-    def quantise(self, counts: Counts) -> Counts:
-        """Units per selection, from entries per slice: the nearest number, at least 1."""
-
-        def nearest(k: int) -> int:
-            return min(self.size, max(1, round(k / (self.selections * self.entries))))
-
-        return Counts(*map(nearest, counts))
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Sizes of the stack axes."""
-        return tuple(self.shape[a] for a in self.axes.stack)
-
-    @property
-    def count(self) -> int:
-        """Units in one slice."""
-        return math.prod(self.units[1:])
-
-    @property
-    def unit(self) -> tuple[int, ...]:
-        """Shape of one unit as it is stored; () for a single entry."""
-        return () if self.entries == 1 else self.structure.block
-
-    @property
-    def stored_array(self) -> tuple[tuple[int, ...], Axes]:
-        """`array` and `roles` of what `to_units` numbers: stack axes first."""
-        if not self.plain:
-            return self.units, self.roles
-        order, roles = self._order, self.roles
-        moved = (tuple(order.index(a) for a in group) for group in roles)
-        return tuple(self.shape[a] for a in order), Axes(*moved)
-
-    def inner(self, stacked: int) -> "Grid":
-        """The units of one slice of the first `stacked` stack axes."""
-        gone = self.axes.stack[:stacked]
-        left = [a for a in range(len(self.shape)) if a not in gone]
-        roles = (tuple(left.index(a) for a in g if a in left) for g in self.axes)
-        return Grid(tuple(self.shape[a] for a in left), Axes(*roles), self.structure)
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        """Axes in the order in which entries are stored."""
-        a = self.axes
-        if self.plain:
-            return (*a.stack, *a.within)
-        return (*a.stack, *a.window, *a.inputs, *a.outputs)
-
-    def to_units(self, x: Any) -> Any:
-        """The entries by unit, [slices, units, *unit]; of a NumPy or JAX array.
-
-        Units are numbered in C order over `array`, slice by slice.
-        """
-        slices, inputs, outputs = self.whole
-        x = x.transpose(self._order)
-        if self.plain:
-            return x.reshape(slices, self.count)
-        high, wide = self.structure.block
-        x = x.reshape(slices, inputs // high, high, outputs // wide, wide)
-        return x.transpose(0, 1, 3, 2, 4).reshape(slices, self.count, *self.unit)
-
-    def from_units(self, x: Any) -> Any:
-        """Inverse of `to_units`: an array in the shape of the parameter."""
-        slices, inputs, outputs = self.whole
-        if not self.plain:
-            high, wide = self.structure.block
-            x = x.reshape(slices, inputs // high, outputs // wide, high, wide)
-            x = x.transpose(0, 1, 3, 2, 4)
-        x = x.reshape([self.shape[a] for a in self._order])
-        return x.transpose([self._order.index(a) for a in range(len(self.shape))])
-
-    def matrix(self, x: Any) -> Any:
-        """A parameter without stack axes as [inputs, outputs]."""
-        order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
-        return x.transpose(order).reshape(self.whole[1:])
-
-    def from_matrix(self, x: Any) -> Any:
-        """Inverse of `matrix`."""
-        order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
-        x = x.reshape([self.shape[a] for a in order])
-        return x.transpose([order.index(a) for a in range(len(order))])
-
-    def scores(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Scores of units, in the shape of `array`: sums over their entries."""
-        if self.plain:
-            return scores
-        return total(self.to_units(scores), len(self.unit)).reshape(self.units)
-
-    def of_entries(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
-        """Mask of units, from a mask of entries that is made of whole units."""
-        if self.plain:
-            return mask
-        units = self.to_units(mask)
-        return units[(..., *(0 for _ in self.unit))].reshape(self.units)
-
-    def spread(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
-        """Mask of entries, in the shape of the parameter, from a mask of units."""
-        if self.plain:
-            return mask
-        slices = self.whole[0]
-        mask = mask.reshape(slices, self.count, *(1 for _ in self.unit))
-        return self.from_units(jnp.broadcast_to(mask, (slices, self.count, *self.unit)))
-
-
-def total(x: Any, axes: int) -> Any:
-    """Sum over the last `axes` axes, the same to the last bit on any backend.
-
-    By additions of halves: a library's own reduction adds in an order of its own on
-    every backend, so that two layouts would choose different units.
-    """
-    if x.dtype.itemsize < 4:  # sums of small floats are rounded as a compiler likes
-        x = x.astype(np.float32)
-    shape = x.shape[: x.ndim - axes]
-    x = x.reshape(*shape, math.prod(x.shape[x.ndim - axes :]))
-    while x.shape[-1] > 1:
-        half, odd = divmod(x.shape[-1], 2)
-        last = x[..., 2 * half :]
-        x = x[..., :half] + x[..., half : 2 * half]
-        if odd:
-            where: Any = np if isinstance(x, np.ndarray) else jnp
-            x = where.concatenate([x[..., :-1], x[..., -1:] + last], axis=-1)
-    return x.reshape(shape)
-
-
-_PORTION = 2**32 - 1
-"""Folded into a leaf's key for `portion`; no slice has this number."""
-
-
-def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
-    """`share * k` as a number of units of a selection.
-
-    Rounded. Where a slice has several selections, each is rounded up or down at random,
-    so that the total comes out: 0.3 of 1 would be 0 in each of them.
-
-    Args:
-      share: in [0, 1], a number or a traced scalar.
-      k: units that a selection keeps.
-      grid: the units.
-      key: of the leaf at this step.
-    Returns:
-      An int, a scalar, or an array with one number for each selection, in the shape of
-      `grid.array` with 1 for the axes within.
-    """
-    if grid.selections == 1:
-        if not isinstance(share, Array):
-            return round(share * k)
-        return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
-    within = grid.roles.within
-    shape = [1 if a in within else n for a, n in enumerate(grid.array)]
-    noise = jax.random.uniform(jax.random.fold_in(key, jnp.uint32(_PORTION)), shape)
-    return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
-
-
-def grid(structure: Structure, path: str, shape: tuple[int, ...], axes: Axes) -> Grid:
-    """The units of one parameter.
-
-    Raises:
-      ValueError: the parameter is not made of whole units, or of whole groups.
-    """
-    whole = Grid(shape, axes, unstructured).whole
-    block = tuple(map(min, structure.block, whole[1:]))
-    found = Grid(shape, axes, structure._replace(block=(block[0], block[1])))
-    for side, length, what in zip(block, whole[1:], ("inputs", "outputs"), strict=True):
-        if length % side:
-            raise ValueError(
-                f"{path!r} has {length} {what}, not a multiple of {side}, as "
-                f"{structure.name} needs; choose another structure for it, or exclude "
-                "it with where"
-            )
-    if structure.scope == "group" and (whole[1] // block[0]) % structure.group:
-        raise ValueError(
-            f"{path!r} has {whole[1]} inputs, not a multiple of {structure.group}, as "
-            f"{structure.name} needs; choose another M, or exclude it with where"
-        )
-    return found
+def along_of(structure: Structure, path: str) -> str:
+    """The axis of one parameter that is cut into groups."""
+    if isinstance(structure.along, str):
+        return structure.along
+    for glob, axis in structure.along:
+        if fnmatch.fnmatchcase(path, glob):
+            return axis
+    raise ValueError(
+        f"groups_of: along says nothing of {path!r}; end with a rule for '*'"
+    )

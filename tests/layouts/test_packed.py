@@ -22,7 +22,7 @@ METHODS: dict[str, Any] = {
     "static": lambda **o: tk.static(0.8, **o),
     "set": lambda **o: tk.set_(0.8, refresh=DUE, **o),
     "rigl": lambda **o: tk.rigl(
-        0.8, refresh=DUE, drop_fraction=tk.cosine(0.5, STEPS), **o
+        0.8, refresh=DUE, drop_fraction=tk.cosine(0.9, STEPS), **o
     ),
 }
 STRUCTURES = {
@@ -31,6 +31,11 @@ STRUCTURES = {
     "fan_in": tk.fan_in(),
     "fan_in_blocks": tk.fan_in(2, 4),
     "n_of_m": tk.n_of_m(8),
+    "groups": tk.groups_of(4),
+    "groups_of_inputs": tk.groups_of(4, along="inputs"),
+    "groups_of_blocks": tk.groups_of(2, tk.blocks(4, 2), along={"*/kernel": "inputs"}),
+    "groups_of_fan_in": tk.groups_of(2, tk.fan_in(2, 4)),
+    "groups_of_n_of_m": tk.groups_of(2, tk.n_of_m(4), along="inputs"),
 }
 CELLS = [
     *((name, "entries", PLAIN) for name in METHODS if name != "top_kast_random"),
@@ -38,6 +43,8 @@ CELLS = [
     ("top_kast", "blocks", STACKED),
     ("top_kast", "n_of_m", STACKED),
     ("rigl", "blocks", PLAIN),
+    ("rigl", "groups_of_inputs", PLAIN),
+    ("set", "groups_of_fan_in", STACKED),
 ]
 REST = [
     (name, structure, shape)
@@ -45,6 +52,8 @@ REST = [
     for structure in STRUCTURES
     for shape in (PLAIN, STACKED)
     if (name, structure, shape) not in CELLS
+    # Too few units in a selection for RigL to change any of them.
+    and not (name == "rigl" and structure.startswith("groups") and shape == STACKED)
 ]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from topkast_jax import draw
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Score
-from topkast_jax.structure import Grid, portion, total
+from topkast_jax.grid import Grid, portion, total
 
 Set = Int[np.ndarray, " _"]
 """A set of units: sorted int64, selection * size + position within the selection."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
+from topkast_jax.grid import Grid, portion
 from topkast_jax.select import random_k, top_k
-from topkast_jax.structure import Grid, portion
 
 
 class MaskedLeaf(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, Memory, Scalar
-from topkast_jax.structure import Grid
+from topkast_jax.grid import Grid
 
 
 @functools.partial(

@@ -1,6 +1,7 @@
 """`sparse_matmul`: the operator, and which implementation serves it."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -55,11 +56,11 @@ def sparse_matmul(
         raise ValueError(
             f"implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
         )
-    _, inputs, outputs = matrix.index.here.whole
-    if matrix.index.index.ndim > 1:
+    grid = matrix.index.here
+    inputs, outputs = grid.matrix_shape
+    if grid.axes.stack:
         raise ValueError(
-            f"a stack of matrices {matrix.index.index.shape[:-1]}: take one of them, by "
-            "scan or vmap"
+            f"a stack of matrices {grid.stack}: take one of them, by scan or vmap"
         )
     dtype = jnp.result_type(x, matrix.values)
     x, values = x.astype(dtype), matrix.values.astype(dtype)
@@ -82,6 +83,9 @@ def choose(index: Index) -> str:
     grid = index.here
     if grid.plain or grid.structure.scope == "group":
         return "expanded"
+    window = math.prod(grid.shape[a] for a in grid.axes.window)
+    if grid.structure.parts > 1 and window > 1 and _cuts_inputs(index):
+        return "expanded"  # a group's inputs do not follow each other
     high, wide = grid.structure.block
     if grid.structure.scope == "column":
         inputs = high * index.k_forward // grid.selections
@@ -93,7 +97,8 @@ def choose(index: Index) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(name: str, x: Array, values: Array, index: Index) -> Array:
-    return IMPLEMENTATIONS[name].forward(x, values, index)
+    product = _by_group(name, index)
+    return product.forward(x, values, index)
 
 
 def _matmul_fwd(name: str, x: Array, values: Array, index: Index) -> Any:
@@ -102,7 +107,7 @@ def _matmul_fwd(name: str, x: Array, values: Array, index: Index) -> Any:
 
 def _matmul_bwd(name: str, residuals: Any, dy: Array) -> Any:
     x, values, index = residuals
-    product = IMPLEMENTATIONS[name]
+    product = _by_group(name, index)
     dx = product.input_gradient(dy, values, index)
     dvalues = product.weight_gradient(x, dy, index)
     nothing = jax.tree.map(lambda i: jnp.zeros(i.shape, jax.dtypes.float0), index)
@@ -110,3 +115,40 @@ def _matmul_bwd(name: str, residuals: Any, dy: Array) -> Any:
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _cuts_inputs(index: Index) -> bool:
+    return index.here.structure.along == "inputs"
+
+
+def _by_group(name: str, index: Index) -> Product:
+    """An implementation, for each group of a matrix at once; see `tk.groups_of`.
+
+    As a batch, so that devices which hold different groups compute their own.
+    """
+    product, parts = IMPLEMENTATIONS[name], index.here.structure.parts
+    if parts == 1 or name == "expanded":  # which knows of groups
+        return product
+    inputs = _cuts_inputs(index)
+
+    def cut(x: Array) -> Array:
+        return x.reshape(parts, -1, x.shape[-1])
+
+    def forward(x: Array, values: Array, index: Index) -> Array:
+        if inputs:
+            return jax.vmap(product.forward)(cut(x), values, index).sum(0)
+        y = jax.vmap(product.forward, (None, 0, 0))(x, values, index)
+        return y.reshape(-1, x.shape[-1])
+
+    def input_gradient(dy: Array, values: Array, index: Index) -> Array:
+        if not inputs:
+            return jax.vmap(product.input_gradient)(cut(dy), values, index).sum(0)
+        dx = jax.vmap(product.input_gradient, (None, 0, 0))(dy, values, index)
+        return dx.reshape(-1, dy.shape[-1])
+
+    def weight_gradient(x: Array, dy: Array, index: Index) -> Array:
+        if inputs:
+            return jax.vmap(product.weight_gradient, (0, None, 0))(cut(x), dy, index)
+        return jax.vmap(product.weight_gradient, (None, 0, 0))(x, cut(dy), index)
+
+    return Product(forward, input_gradient, weight_gradient)

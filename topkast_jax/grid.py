@@ -1,0 +1,315 @@
+"""The units of a parameter: how its entries are grouped, numbered and scored."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Shaped
+
+from topkast_jax._types import Axes, Counts
+from topkast_jax.structure import Structure, along_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The units of one parameter: [slices, rows, columns], each of a block's entries.
+
+    Attributes:
+      shape: of the parameter.
+      axes: their roles.
+      structure: with the block cut to the parameter's sides.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    structure: Structure
+
+    @property
+    def split(self) -> tuple[tuple[int, ...], Axes]:
+        """Shape and roles of the parameter with its groups as the last stack axis."""
+        parts = self.structure.parts
+        if parts == 1:
+            return self.shape, self.axes
+        outputs = self.structure.along == "outputs"
+        axis = (self.axes.outputs if outputs else self.axes.inputs)[0]
+        shape = (
+            *self.shape[:axis],
+            parts,
+            self.shape[axis] // parts,
+            *self.shape[axis + 1 :],
+        )
+        moved = Axes(*(tuple(a + (a >= axis) for a in group) for group in self.axes))
+        return shape, moved._replace(stack=(*moved.stack, axis))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(inputs, outputs) of a slice, all groups together."""
+        return _matrix_shape(self.shape, self.axes)
+
+    @property
+    def whole(self) -> tuple[int, int, int]:
+        """(slices, inputs, outputs) of a group; the window counts as inputs."""
+        shape, axes = self.split
+        slices = math.prod(shape[a] for a in axes.stack)
+        return (slices, *_matrix_shape(shape, axes))
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Shape of the array of units that selections run over."""
+        slices, inputs, outputs = self.whole
+        rows = inputs // self.structure.block[0]
+        columns = outputs // self.structure.block[1]
+        if self.structure.scope == "group":
+            per = self.structure.group
+            return (slices, rows // per, per, columns)
+        return (slices, rows, columns)
+
+    @property
+    def array(self) -> tuple[int, ...]:
+        """Shape of what `scores` returns: the parameter's own where `plain`."""
+        return self.split[0] if self.plain else self.units
+
+    @property
+    def plain(self) -> bool:
+        """Whether a unit is an entry in its place, so that nothing is moved."""
+        return self.structure.block == (1, 1) and self.structure.scope != "group"
+
+    @property
+    def roles(self) -> Axes:
+        """Axes of the array of units; of the parameter itself where `plain`."""
+        column = self.structure.scope == "column"
+        if self.plain:
+            axes = self.split[1]
+            if not column:
+                return axes._replace(stack=tuple(sorted(axes.stack)))
+            stack = tuple(sorted(axes.stack + axes.outputs))
+            return Axes(stack, axes.window, axes.inputs, ())
+        if self.structure.scope == "group":
+            return Axes((0, 1, 3), (), (2,), ())
+        return Axes((0, 2), (), (1,), ()) if column else Axes((0,), (), (1,), (2,))
+
+    @property
+    def size(self) -> int:
+        """Units that compete in one selection."""
+        _, rows, *rest = self.units
+        if self.structure.scope == "column":
+            return rows
+        return rest[0] if self.structure.scope == "group" else rows * rest[0]
+
+    @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        return math.prod(self.units[1:]) // self.size
+
+    @property
+    def entries(self) -> int:
+        """Entries of one unit."""
+        return math.prod(self.structure.block)
+
+    def quantise(self, counts: Counts) -> Counts:
+        """Units per selection, from entries of a slice: the nearest number, at least 1."""
+
+        def nearest(k: int) -> int:
+            selections = self.structure.parts * self.selections
+            return min(self.size, max(1, round(k / (selections * self.entries))))
+
+        return Counts(*map(nearest, counts))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack axes, the groups last where there are several."""
+        shape, axes = self.split
+        return tuple(shape[a] for a in axes.stack)
+
+    @property
+    def count(self) -> int:
+        """Units in one slice."""
+        return math.prod(self.units[1:])
+
+    @property
+    def unit(self) -> tuple[int, ...]:
+        """Shape of one unit as it is stored; () for a single entry."""
+        return () if self.entries == 1 else self.structure.block
+
+    @property
+    def stored_array(self) -> tuple[tuple[int, ...], Axes]:
+        """`array` and `roles` of what `to_units` numbers: stack axes first."""
+        if not self.plain:
+            return self.units, self.roles
+        order, roles, (shape, _) = self._order, self.roles, self.split
+        moved = (tuple(order.index(a) for a in group) for group in roles)
+        return tuple(shape[a] for a in order), Axes(*moved)
+
+    def inner(self, stacked: int) -> "Grid":
+        """The units of one slice of the first `stacked` stack axes."""
+        if stacked > len(self.axes.stack):
+            return Grid(*self.split, self.structure._replace(parts=1)).inner(stacked)
+        gone = self.axes.stack[:stacked]
+        left = [a for a in range(len(self.shape)) if a not in gone]
+        roles = (tuple(left.index(a) for a in g if a in left) for g in self.axes)
+        return Grid(tuple(self.shape[a] for a in left), Axes(*roles), self.structure)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Axes of `split` in the order in which entries are stored."""
+        a = self.split[1]
+        if self.plain:
+            return (*a.stack, *a.within)
+        return (*a.stack, *a.window, *a.inputs, *a.outputs)
+
+    def to_units(self, x: Any) -> Any:
+        """The entries by unit, [slices, units, *unit]; of a NumPy or JAX array.
+
+        Units are numbered in C order over `array`, slice by slice.
+        """
+        slices, inputs, outputs = self.whole
+        x = x.reshape(self.split[0]).transpose(self._order)
+        if self.plain:
+            return x.reshape(slices, self.count)
+        high, wide = self.structure.block
+        x = x.reshape(slices, inputs // high, high, outputs // wide, wide)
+        return x.transpose(0, 1, 3, 2, 4).reshape(slices, self.count, *self.unit)
+
+    def from_units(self, x: Any) -> Any:
+        """Inverse of `to_units`: an array in the shape of the parameter."""
+        slices, inputs, outputs = self.whole
+        if not self.plain:
+            high, wide = self.structure.block
+            x = x.reshape(slices, inputs // high, outputs // wide, high, wide)
+            x = x.transpose(0, 1, 3, 2, 4)
+        order, (shape, _) = self._order, self.split
+        x = x.reshape([shape[a] for a in order])
+        return x.transpose([order.index(a) for a in range(len(order))]).reshape(
+            self.shape
+        )
+
+    def matrix(self, x: Any) -> Any:
+        """A parameter without stack axes as [inputs, outputs]."""
+        order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
+        return x.transpose(order).reshape(self.matrix_shape)
+
+    def from_matrix(self, x: Any) -> Any:
+        """Inverse of `matrix`."""
+        order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
+        x = x.reshape([self.shape[a] for a in order])
+        return x.transpose([order.index(a) for a in range(len(order))])
+
+    def scores(self, scores: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """Scores of units, in the shape of `array`: sums over their entries."""
+        if self.plain:
+            return scores.reshape(self.array)
+        return total(self.to_units(scores), len(self.unit)).reshape(self.units)
+
+    def of_entries(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
+        """Mask of units, from a mask of entries that is made of whole units."""
+        if self.plain:
+            return mask.reshape(self.array)
+        units = self.to_units(mask)
+        return units[(..., *(0 for _ in self.unit))].reshape(self.units)
+
+    def spread(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
+        """Mask of entries, in the shape of the parameter, from a mask of units."""
+        if self.plain:
+            return mask.reshape(self.shape)
+        slices = self.whole[0]
+        mask = mask.reshape(slices, self.count, *(1 for _ in self.unit))
+        return self.from_units(jnp.broadcast_to(mask, (slices, self.count, *self.unit)))
+
+
+def total(x: Any, axes: int) -> Any:
+    """Sum over the last `axes` axes, the same to the last bit on any backend.
+
+    By additions of halves: a library's own reduction adds in an order of its own on
+    every backend, so that two layouts would choose different units.
+    """
+    if x.dtype.itemsize < 4:  # sums of small floats are rounded as a compiler likes
+        x = x.astype(np.float32)
+    shape = x.shape[: x.ndim - axes]
+    x = x.reshape(*shape, math.prod(x.shape[x.ndim - axes :]))
+    while x.shape[-1] > 1:
+        half, odd = divmod(x.shape[-1], 2)
+        last = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        if odd:
+            where: Any = np if isinstance(x, np.ndarray) else jnp
+            x = where.concatenate([x[..., :-1], x[..., -1:] + last], axis=-1)
+    return x.reshape(shape)
+
+
+_PORTION = 2**32 - 1
+"""Folded into a leaf's key for `portion`; no slice has this number."""
+
+
+def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
+    """`share * k` as a number of units of a selection.
+
+    Rounded. Where a slice has several selections or groups, each is rounded up or down at random,
+    so that the total comes out: 0.3 of 1 would be 0 in each of them.
+
+    Args:
+      share: in [0, 1], a number or a traced scalar.
+      k: units that a selection keeps.
+      grid: the units.
+      key: of the leaf at this step.
+    Returns:
+      An int, a scalar, or an array with one number for each selection, in the shape of
+      `grid.array` with 1 for the axes within.
+    """
+    if grid.selections * grid.structure.parts == 1:
+        if not isinstance(share, Array):
+            return round(share * k)
+        return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
+    within = grid.roles.within
+    shape = [1 if a in within else n for a, n in enumerate(grid.array)]
+    noise = jax.random.uniform(jax.random.fold_in(key, jnp.uint32(_PORTION)), shape)
+    return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
+
+
+def _matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
+    def product(group: tuple[int, ...]) -> int:
+        return math.prod(shape[a] for a in group)
+
+    return product(axes.window) * product(axes.inputs), product(axes.outputs)
+
+
+def grid(structure: Structure, path: str, shape: tuple[int, ...], axes: Axes) -> Grid:
+    """The units of one parameter.
+
+    Raises:
+      ValueError: the parameter is not made of whole units, or of whole groups.
+    """
+    structure = structure._replace(along=along_of(structure, path))
+    _require_parts(structure, path, shape, axes)
+    whole = Grid(shape, axes, structure._replace(block=(1, 1))).whole
+    block = tuple(map(min, structure.block, whole[1:]))
+    found = Grid(shape, axes, structure._replace(block=(block[0], block[1])))
+    for side, length, what in zip(block, whole[1:], ("inputs", "outputs"), strict=True):
+        if length % side:
+            raise ValueError(
+                f"{path!r} has {length} {what}, not a multiple of {side}, as "
+                f"{structure.name} needs; choose another structure for it, or exclude "
+                "it with where"
+            )
+    if structure.scope == "group" and (whole[1] // block[0]) % structure.group:
+        raise ValueError(
+            f"{path!r} has {whole[1]} inputs, not a multiple of {structure.group}, as "
+            f"{structure.name} needs; choose another M, or exclude it with where"
+        )
+    return found
+
+
+def _require_parts(
+    structure: Structure, path: str, shape: tuple[int, ...], axes: Axes
+) -> None:
+    if structure.parts == 1:
+        return
+    cut = axes.outputs if structure.along == "outputs" else axes.inputs
+    if not cut or shape[cut[0]] % structure.parts:
+        raise ValueError(
+            f"{path!r}, of shape {shape}, has {shape[cut[0]] if cut else 'no'} "
+            f"{structure.along} to cut into {structure.parts} groups; choose another "
+            "number or axis, or exclude it with where"
+        )
