@@ -23,7 +23,6 @@ import fcntl
 import json
 import os
 import pathlib
-import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from experiments.jobs import SETTINGS, Job, load
 from experiments.table import table
 
 FAILED = 1
+PROGRAM = (sys.executable, "-m", "experiments.train")
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 OUTPUT = "log.txt"
 
@@ -66,7 +66,7 @@ class Child:
         (job.folder / SETTINGS).write_text(json.dumps(job.settings(), indent=1) + "\n")
         with (job.folder / OUTPUT).open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.train", *job.arguments()],
+                [*PROGRAM, *job.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -118,7 +118,7 @@ def run(jobs: list[Job], cache: pathlib.Path) -> int:
                 began = time.perf_counter()
                 code = child.run(job, lock, cache)
             if child.signal is not None:
-                print(f"{job.name}: stopped; the same command goes on", flush=True)
+                print(f"stopped at {job.name}; the same command goes on", flush=True)
                 return 128 + child.signal
             result = job.result()
             if code or result is None:
@@ -140,7 +140,8 @@ def run(jobs: list[Job], cache: pathlib.Path) -> int:
 
 
 def _words(result: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value}" for name, value in result.items())
+    numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
+    return "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
 def _last_line(job: Job) -> str:
@@ -165,8 +166,7 @@ def main(argv: list[str]) -> int:
             return 0
     if flags.FLAGS.print_commands:
         for job in jobs:
-            line = ["python", "-m", "experiments.train", *job.arguments()]
-            print(shlex.join(line))
+            print(job.command())
         return 0
     return run(jobs, workdir / ".cache")
 

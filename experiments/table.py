@@ -19,24 +19,19 @@ def table(jobs: Iterable[Job], metric: str) -> str:
       ValueError: a finished job has no such metric.
     """
     jobs = list(jobs)
-    row_label = _places(jobs[0])[0]
-    column_label = next((n[1] for job in jobs if len(n := _places(job)) > 1), None)
+    row_label, *column_label = max((job.places() for job in jobs), key=len)
     cells: dict[str, dict[str | None, list[float | None]]] = {}
     for job in jobs:
-        column = job.labels.get(column_label) if column_label else None
-        row = cells.setdefault(job.labels.get(row_label, "-"), {})
+        column = job.labels.get(*column_label) if column_label else None
+        row = cells.setdefault(job.labels[row_label], {})
         row.setdefault(column, []).append(_value(job, metric))
     columns = sorted({c for row in cells.values() for c in row if c is not None})
     head = [row_label, *(columns or [metric])]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name, row in cells.items():
-        found = [row.get(column, row.get(None, [])) for column in columns or [None]]
+        found = [row.get(column, row.get(None, [])) for column in head[1:]]
         lines.append([name, *map(_cell, found)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _places(job: Job) -> list[str]:
-    return [label for label in job.labels if label != "seed"]
 
 
 def _value(job: Job, metric: str) -> float | None:

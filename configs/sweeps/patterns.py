@@ -39,7 +39,8 @@ EVERY_JOB = {"steps": 500, "eval_every": 475, "save_every": 1000, "dense_steps":
 def get_sweep() -> list[dict[str, Any]]:
     """The jobs, the most informative first."""
     first = next(iter(SPARSITIES))
-    jobs, last = [], []
+    jobs: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
     for sparsity in SPARSITIES:
         for seed in SEEDS:
             if sparsity == first:
