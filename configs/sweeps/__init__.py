@@ -1,0 +1,1 @@
+"""Sweeps: lists of jobs for experiments/sweep.py."""

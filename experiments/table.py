@@ -1,0 +1,54 @@
+"""A sweep's results as a Markdown table: means over seeds."""
+
+import statistics
+from collections.abc import Iterable
+
+from experiments.jobs import Job
+
+
+def table(jobs: Iterable[Job], metric: str) -> str:
+    """Mean and sample deviation of a metric after the last step, by row and column.
+
+    Says how many seeds a cell has where some are missing; "-" where all are. A job
+    without the label of the columns stands in every column.
+
+    Args:
+      jobs: of one sweep, finished or not.
+      metric: of the held-out ones.
+    Raises:
+      ValueError: a finished job has no such metric.
+    """
+    jobs = list(jobs)
+    row_label, *column_label = max((job.places() for job in jobs), key=len)
+    cells: dict[str, dict[str | None, list[float | None]]] = {}
+    for job in jobs:
+        column = job.labels.get(*column_label) if column_label else None
+        row = cells.setdefault(job.labels[row_label], {})
+        row.setdefault(column, []).append(_value(job, metric))
+    columns = sorted({c for row in cells.values() for c in row if c is not None})
+    head = [row_label, *(columns or [metric])]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, row in cells.items():
+        found = [row.get(column, row.get(None, [])) for column in head[1:]]
+        lines.append([name, *map(_cell, found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(job: Job, metric: str) -> float | None:
+    result = job.result()
+    if result is None:
+        return None
+    if metric not in result:
+        raise ValueError(f"{job.name} has no metric {metric!r}, only {list(result)}")
+    value = result[metric]
+    return float("nan") if value is None else float(value)
+
+
+def _cell(values: list[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    if not there:
+        return "-"
+    text = f"{statistics.fmean(there):.3f}"
+    if len(there) > 1:
+        text += f" ± {statistics.stdev(there):.3f}"
+    return text + (f" ({len(there)} of {len(values)})" if None in values else "")
