@@ -203,11 +203,7 @@ class Refresh:
             return None
         before = tk.masks(state.opt_state)
         trained = (state.params, state.opt_state)
-        shardings = jax.tree.leaves(jax.tree.map(lambda x: x.sharding, trained))
         theta, opt_state, _ = tk.refresh(self.tx, *trained, self.store, found)
-        leaves, treedef = jax.tree.flatten((theta, opt_state))
-        leaves = jax.device_put(leaves, shardings)
-        theta, opt_state = jax.tree.unflatten(treedef, leaves)
         churn = tk.metrics.churn(before, tk.masks(opt_state))
         return State(theta, opt_state, state.carry), float(churn)
 

@@ -21,7 +21,13 @@ from topkast_jax.plan import Plan
 from topkast_jax.probe import Found, probe
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
-from topkast_jax.sharding import state_shardings
+from topkast_jax.sharding import (
+    gather_groups,
+    packed_shardings,
+    reduce_gradients,
+    sharding_specs,
+    state_shardings,
+)
 from topkast_jax.structure import (
     Structure,
     blocks,
@@ -79,6 +85,7 @@ __all__ = [
     "fan_in",
     "fan_in_normal",
     "first_due",
+    "gather_groups",
     "groups_of",
     "health",
     "kernels",
@@ -87,13 +94,16 @@ __all__ = [
     "metrics",
     "n_of_m",
     "ops",
+    "packed_shardings",
     "plan",
     "probe",
     "random_k",
+    "reduce_gradients",
     "refresh",
     "rigl",
     "set_",
     "shapes",
+    "sharding_specs",
     "sparse",
     "sparsify",
     "start",

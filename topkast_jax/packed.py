@@ -359,7 +359,15 @@ def refresh(
         sparse_memory=treedef.unflatten(memory),
         sparse_inner=moved,
     )
-    return packed, _trees.replace_state(opt_state, new_state), store
+    after = (packed, _trees.replace_state(opt_state, new_state))
+    return *_placed_like(after, (theta, opt_state)), store
+
+
+def _placed_like(new: PyTree, old: PyTree) -> PyTree:
+    """Puts arrays where those that they replace were."""
+    return jax.tree.map(
+        lambda x, was: jax.device_put(x, was.sharding) if was.committed else x, new, old
+    )
 
 
 def _packed(tx: optax.GradientTransformation, caller: str) -> Recipe:

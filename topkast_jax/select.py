@@ -310,16 +310,16 @@ def _threshold(
         return held._replace(passes=new.passes)
 
     everything = count_from(jnp.zeros((), dtype))
-    shape = everything.low.shape
+    none = jnp.zeros_like(everything.low)  # sharded as counts are
     top = jnp.array(2**width - 1, dtype)
-    wanted = _Count(*(jnp.broadcast_to(part, shape) for part in k))
+    wanted = _Count(k.high + none, k.low + none)
     done = everything.equals(wanted) | wanted.minus(everything).positive()
     state = _Bracket(
-        jnp.zeros(shape, dtype),
-        jnp.where(done, jnp.zeros(shape, dtype), top),
+        none.astype(dtype),
+        jnp.where(done, none.astype(dtype), top),
         jnp.maximum(everything.minus(wanted).to_float(), 1.0),
         jnp.minimum(-wanted.to_float(), -1.0),
-        jnp.zeros(shape, jnp.int32),
+        none,
         jnp.int32(0),
     )
     return lax.while_loop(open_, step, state).lo
