@@ -105,6 +105,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             layout=args["layout"],  # or "packed", "block": see README.md
             # Or "blocks:8x128", "fan_in", "fan_in:1x64", "n_of_m:32".
             structure=args["structure"],
+            # Selections apart, by which packed parameters are cut over a mesh.
+            groups=1,
+            groups_along="outputs",  # or "inputs", or ((glob, axis), ...)
             distribution="uniform",  # or "erk", "erdos_renyi", {glob: sparsity}
         )
     if method == "top_kast":

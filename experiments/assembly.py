@@ -76,8 +76,14 @@ class Assembly(NamedTuple):
 
     def compile(self, state: State, *arguments: Any) -> jax.stages.Compiled:
         """The training step, for these arrays (or shapes) and no others."""
-        run = states.step(self.task, self.tx, sparse=self.method is not None)
-        return states.compile_step(run, self.shardings(state), state, *arguments)
+        shardings = self.shardings(state)
+        run = states.step(
+            self.task,
+            self.tx,
+            sparse=self.method is not None,
+            shardings=shardings if self.packed and self.mesh.size > 1 else None,
+        )
+        return states.compile_step(run, shardings, state, *arguments)
 
 
 def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:

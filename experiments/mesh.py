@@ -6,7 +6,7 @@ also cuts parameters, and the optimizer state follows its parameters.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,12 @@ def batch_shardings(mesh: Mesh, tree: PyTree, what: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def parameter_shardings(mesh: Mesh, rules: Iterable[Rule], params: PyTree) -> PyTree:
+def parameter_shardings(
+    mesh: Mesh,
+    rules: Iterable[Rule],
+    params: PyTree,
+    preferred: Mapping[str, int] | None = None,
+) -> PyTree:
     """Sharding of every parameter, by the first rule whose regex matches its path.
 
     A rule is `(regex, spec)`. The regex must match the whole path, such as
@@ -116,6 +121,7 @@ def parameter_shardings(mesh: Mesh, rules: Iterable[Rule], params: PyTree) -> Py
       mesh: from `make`.
       rules: in order; they must cover every parameter.
       params: arrays or ShapeDtypeStructs.
+      preferred: by path, the dimension that an axis name cuts instead of the largest.
     Raises:
       ValueError: a parameter no rule covers, a rule that covers nothing, or a spec that
         does not fit.
@@ -132,6 +138,8 @@ def parameter_shardings(mesh: Mesh, rules: Iterable[Rule], params: PyTree) -> Py
     def one(path: str, leaf: Any) -> NamedSharding:
         for regex, spec in rules:
             if re.fullmatch(regex, path):
+                if isinstance(spec, str) and preferred and path in preferred:
+                    spec = (*(None,) * preferred[path], spec)
                 return NamedSharding(mesh, _fit(mesh, path, leaf.shape, spec))
         raise ValueError(
             f"sharding: no rule covers {path!r}; add a rule, or end with ('.*', ())"

@@ -69,8 +69,8 @@ def sparse(
 
     Args:
       config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
-        `axes`, `where`, `distribution`, `structure`, `layout`,
-        `drop_decay`, and `refresh` with
+        `axes`, `where`, `distribution`, `structure`, `groups`, `groups_along`,
+        `layout`, `drop_decay`, and `refresh` with
         `refresh_start` and `refresh_stop`; the rest are arguments of the method.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
@@ -97,7 +97,13 @@ def sparse(
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
     where = arguments.pop("where", "")
     arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
-    arguments["structure"] = _structure(arguments.get("structure", "unstructured"))
+    structure = _structure(arguments.get("structure", "unstructured"))
+    along = arguments.pop("groups_along", "outputs")
+    arguments["structure"] = tk.groups_of(
+        arguments.pop("groups", 1),
+        structure,
+        along if isinstance(along, str) else dict(along),
+    )
     arguments["where"] = where.split(",") if where else tk.kernels
     if "refresh" in arguments:
         arguments["refresh"] = _due(arguments, steps)

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 import topkast_jax as tk
+from experiments import devices
 from experiments import mesh as meshes
 from experiments.tasks import Task
 
@@ -83,8 +84,11 @@ def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> Stat
     Raises:
       ValueError: rules that do not fit, or a mesh that does not divide the rows.
     """
-    params = meshes.parameter_shardings(mesh, rules, abstract.params)
     everywhere = meshes.replicated(mesh)
+    dense, cut = _dense(abstract)
+    params = meshes.parameter_shardings(mesh, rules, dense, cut)
+    if cut is not None:
+        params = tk.packed_shardings(tk.masks(abstract.opt_state), params)
     opt_state = tk.state_shardings(
         abstract.opt_state, abstract.params, params, everywhere
     )
@@ -93,12 +97,42 @@ def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> Stat
     )
 
 
+def _dense(abstract: State) -> tuple[PyTree, dict[str, int] | None]:
+    """Shapes of the dense parameters, and in packed layouts axes cut into groups."""
+    if not (is_sparse(abstract.opt_state) and is_packed(abstract.opt_state)):
+        return abstract.params, None
+    cut = {}
+
+    def one(keys: Any, index: Any, leaf: Any) -> Any:
+        if not isinstance(index, tk.Index):
+            return leaf
+        if index.grid.cut is not None:
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            cut[path] = index.grid.cut
+        return jax.ShapeDtypeStruct(index.grid.shape, leaf.dtype)
+
+    forward = tk.masks(abstract.opt_state).forward
+    dense = jax.tree_util.tree_map_with_path(
+        one,
+        forward,
+        abstract.params,
+        is_leaf=lambda x: x is None or isinstance(x, tk.Index),
+    )
+    return dense, cut
+
+
 def placed(abstract: PyTree, shardings: PyTree) -> PyTree:
     """ShapeDtypeStructs with shardings."""
     return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
 
 
-def step(task: Task, tx: optax.GradientTransformation, *, sparse: bool) -> StepFn:
+def step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    sparse: bool,
+    shardings: State | None = None,
+) -> StepFn:
     """`(state, batch, key, step) -> (state, measures)`, pure.
 
     A step with NaN or Inf in its loss or gradient changes nothing: the state comes back
@@ -109,6 +143,8 @@ def step(task: Task, tx: optax.GradientTransformation, *, sparse: bool) -> StepF
       task: gives the loss.
       tx: the transformation, `tk.sparse(...)` or any of optax.
       sparse: whether `tx` holds a `tk.sparse`.
+      shardings: of a packed state; its gradients are then made device by device, and
+        travel as they are stored.
     Returns:
       The step. `key` is the run's, `step` an int32 scalar; both are folded together.
       Measures are scalars, but for `bad`: int32, entries that are NaN or Inf in the
@@ -121,11 +157,17 @@ def step(task: Task, tx: optax.GradientTransformation, *, sparse: bool) -> StepF
     ) -> tuple[State, Measures]:
         def objective(theta: PyTree) -> Any:
             weights = alpha(theta, state.opt_state, sparse, task.by_unit)
-            return task.loss(weights, state.carry, batch, jax.random.fold_in(key, step))
+            return task.loss(weights, state.carry, batch, here)
 
-        (loss, (carry, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params
-        )
+        here = jax.random.fold_in(key, step)
+        if shardings is not None:
+            (loss, (carry, aux)), grads = devices.gradient(
+                task, shardings.params, *state, batch, here
+            )
+        else:
+            (loss, (carry, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
+                state.params
+            )
         bad = _nonfinite([loss, *jax.tree.leaves(grads)])
 
         def update() -> State:

@@ -28,13 +28,19 @@ class Grid:
     structure: Structure
 
     @property
+    def cut(self) -> int | None:
+        """The axis of the parameter that is cut into groups; None without groups."""
+        if self.structure.parts == 1:
+            return None
+        outputs = self.structure.along == "outputs"
+        return (self.axes.outputs if outputs else self.axes.inputs)[0]
+
+    @property
     def split(self) -> tuple[tuple[int, ...], Axes]:
         """Shape and roles of the parameter with its groups as the last stack axis."""
-        parts = self.structure.parts
-        if parts == 1:
+        parts, axis = self.structure.parts, self.cut
+        if axis is None:
             return self.shape, self.axes
-        outputs = self.structure.along == "outputs"
-        axis = (self.axes.outputs if outputs else self.axes.inputs)[0]
         shape = (
             *self.shape[:axis],
             parts,

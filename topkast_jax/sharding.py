@@ -194,11 +194,8 @@ def _packed_spec(path: str, grid: Grid, sharding: NamedSharding) -> list[Any]:
         math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec
     ]
     found = [spec[a] for a in grid.axes.stack]
-    parts = grid.structure.parts
-    cut = None
-    if parts > 1:
-        outputs = grid.structure.along == "outputs"
-        cut = (grid.axes.outputs if outputs else grid.axes.inputs)[0]
+    parts, cut = grid.structure.parts, grid.cut
+    if cut is not None:
         if parts % pieces[cut]:
             raise ValueError(
                 f"{path!r} has {parts} groups, and {spec[cut]!r} would cut them into "
@@ -208,7 +205,11 @@ def _packed_spec(path: str, grid: Grid, sharding: NamedSharding) -> list[Any]:
     for axis, entry in enumerate(spec):
         if axis in grid.axes.stack or axis == cut or pieces[axis] == 1:
             continue
-        where = f"its groups lie along axis {cut}" if parts > 1 else "it has no groups"
+        where = (
+            f"its groups lie along axis {cut}"
+            if cut is not None
+            else "it has no groups"
+        )
         raise ValueError(
             f"{path!r}, of shape {grid.shape}, is to be cut by {entry!r} along axis "
             f"{axis}, but {where}: a packed parameter is cut between groups, "

@@ -114,4 +114,13 @@ def language_model(config: Config) -> Task:
     tokens = jax.ShapeDtypeStruct((rows, segment), jnp.int32)
     memory = jax.eval_shape(lambda: model.initial_memory(rows))
     uses = count_uses(model, tokens, memory)
-    return Task(init, model.initial_memory, loss, metrics, batches, uses, by_unit=True)
+    return Task(
+        init,
+        model.initial_memory,
+        loss,
+        metrics,
+        batches,
+        uses,
+        by_unit=True,
+        count=lambda batch: jnp.sum(batch["weights"]),
+    )

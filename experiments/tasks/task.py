@@ -37,6 +37,8 @@ class Task(NamedTuple):
         output layer.
       by_unit: whether the model takes `tk.BlockMatrix` in place of a kernel, as those
         that are called through `tk.flax.apply` do.
+      count: batch -> how much of it counts, the number that `loss` and `aux` are means
+        over; None where that is its rows.
       batch_axes: the axis, in every leaf of carry and batch, along which rows lie.
     """
 
@@ -49,4 +51,5 @@ class Task(NamedTuple):
     batches: Callable[..., grain.IterDataset]
     uses: Mapping[str, int]
     by_unit: bool = False
+    count: Callable[[Batch], jax.Array] | None = None
     batch_axes: int = 0
