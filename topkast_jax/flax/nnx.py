@@ -273,8 +273,8 @@ def _why_not(layer: Any, index: Index) -> str:
     stacked = len(grid.shape) - _rank(layer)
     if grid.axes.stack != tuple(range(stacked)):
         return (
-            f"its kernel has {stacked} stack axes before its own; declare them, and no "
-            "others, with tk.axes"
+            f"its kernel has {stacked} axes more than the layer reads; declare them, "
+            "and no others, as a stack with tk.axes"
         )
     return ""
 
