@@ -114,4 +114,11 @@ def language_model(config: Config) -> Task:
     tokens = jax.ShapeDtypeStruct((rows, segment), jnp.int32)
     memory = jax.eval_shape(lambda: model.initial_memory(rows))
     uses = count_uses(model, tokens, memory)
-    return Task(init, model.initial_memory, loss, metrics, batches, uses, by_unit=True)
+
+    def routes(alpha: Params) -> dict[str, str]:
+        return tk.flax.routes(model, {"params": alpha}, tokens, memory)
+
+    return Task(
+        init, model.initial_memory, loss, metrics, batches, uses, by_unit=True,
+        routes=routes,
+    )  # fmt: skip

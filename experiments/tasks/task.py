@@ -37,6 +37,9 @@ class Task(NamedTuple):
         output layer.
       by_unit: whether the model takes `tk.BlockMatrix` in place of a kernel, as those
         that are called through `tk.flax.apply` do.
+      routes: alpha with `tk.BlockMatrix` leaves, or its shapes -> how the model
+        multiplies by each of them, by path, see `tk.flax.routes`; None where `by_unit`
+        is not so.
       batch_axes: the axis, in every leaf of carry and batch, along which rows lie.
     """
 
@@ -49,4 +52,5 @@ class Task(NamedTuple):
     batches: Callable[..., grain.IterDataset]
     uses: Mapping[str, int]
     by_unit: bool = False
+    routes: Callable[[Params], dict[str, str]] | None = None
     batch_axes: int = 0
