@@ -296,3 +296,13 @@ def test_dense_general_contracts_any_axes():
     np.testing.assert_allclose(
         tk.flax.apply(model)({"params": alpha}, x), dense, rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_wrong_call_is_refused_by_the_layer():
+    model, x = nn.Einsum((16, 8), "bi,io->bo"), jnp.ones((2, 16))
+    params = model.init(KEY, x)["params"]
+    tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="block")
+    theta, state, _ = tk.start(tx, params)
+    alpha = tk.sparsify(theta, tk.masks(state))
+    with pytest.raises(ValueError, match="einsum_str"):
+        tk.flax.apply(model)({"params": alpha}, x, "bi,io->ob")

@@ -283,7 +283,9 @@ def trained(layout: Any, structure: tk.Structure, steps: int = 4) -> Any:
     return tk.export(theta, state)
 
 
-@pytest.mark.parametrize("layout", ["packed", "block"])
+@pytest.mark.parametrize(
+    "layout", ["block", pytest.param("packed", marks=pytest.mark.slow)]
+)
 def test_states_train_in_every_layout(layout):
     """As the masked layout trains them, which defines the meaning."""
     structure = tk.blocks(4, 4)

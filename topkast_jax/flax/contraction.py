@@ -10,6 +10,7 @@ from topkast_jax.ops import sparse_matmul
 from topkast_jax.structure import Grid
 
 Labels = tuple[Hashable, ...]
+_SHAPE = jax.ShapeDtypeStruct
 
 
 class Contraction(NamedTuple):
@@ -159,9 +160,9 @@ def add_bias(y: Any, bias: Any, how: Contraction) -> Any:
 
 
 def abstract_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Traces a call with the shapes of its arguments; what is no array stays as it is."""
+    """Traces a call, nothing is computed; shapes stand for arrays among its arguments."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _SHAPE)]
 
     def abstract(arrays: Any) -> None:
         given = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))

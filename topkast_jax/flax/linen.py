@@ -78,6 +78,16 @@ def routes(
     Returns:
       The name of an implementation (`tk.ops.IMPLEMENTATIONS`), or "expanded: " and why
       the layer cannot multiply by units.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> model, x = nn.Dense(64), jnp.ones((2, 64))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> method = tk.static(0.5, structure=tk.fan_in(1, 64))
+      >>> tx = tk.sparse(optax.sgd(0.1), method, layout="block")
+      >>> theta, opt_state, _ = tk.start(tx, params)
+      >>> alpha = tk.sparsify(theta, tk.masks(opt_state))
+      >>> routes(model, {"params": alpha}, x)
+      {'kernel': 'columns'}
     """
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     reasons = _reasons(model, variables, *args, **kwargs)
@@ -116,10 +126,11 @@ def _reasons(
     def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = (*module.path, "kernel")
+        out = next_call(*args, **kwargs)  # first: what is wrong with a call, it says
         if context.method_name == "__call__" and path in sparse:
             why = _why_not(module, args, kwargs, sparse[path])
             found[path] = found.get(path) or why
-        return next_call(*args, **kwargs)
+        return out
 
     def dense(leaf: Any) -> Any:
         if not _is_block(leaf):
