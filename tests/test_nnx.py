@@ -71,7 +71,7 @@ class Stacked(nnx.Module):
 
 def transformation(layout: Any, structure: tk.Structure, axes: Any = None, **how: Any):
     how.setdefault("where", tk.kernels)
-    method = tk.top_kast(0.5, 0.25, refresh=tk.every(2), structure=structure, **how)
+    method = tk.top_kast(0.5, 0.25, structure=structure, **how)
     rules = tk.axes(axes) if axes else None
     return tk.sparse(optax.adam(0.1), method, layout=layout, axes=rules)
 
@@ -250,7 +250,7 @@ def test_nothing_but_the_merged_model_changes():
     np.testing.assert_array_equal(model(x), before)
 
 
-def trained(layout: Any, structure: tk.Structure, steps: int = 4) -> Any:
+def trained(layout: Any, method: tk.Method, steps: int = 4) -> Any:
     """What two NNX layers export after some steps, masks chosen anew in between."""
     model: Any = nnx.Sequential(
         nnx.Linear(16, 16, rngs=nnx.Rngs(0)),
@@ -258,7 +258,7 @@ def trained(layout: Any, structure: tk.Structure, steps: int = 4) -> Any:
         nnx.Linear(16, 8, rngs=nnx.Rngs(1)),
     )
     graphdef, params = nnx.split(model, nnx.Param)
-    tx = transformation(layout, structure)
+    tx = tk.sparse(optax.adam(0.1), method, layout=layout)
     store: Any = None
     if layout == "masked":
         theta, state = params, tx.init(params)
@@ -266,30 +266,43 @@ def trained(layout: Any, structure: tk.Structure, steps: int = 4) -> Any:
         theta, state, store = tk.start(tx, params)
     x = jax.random.normal(KEY, (8, 16))
 
+    def loss(theta: Any, state: Any) -> Any:
+        alpha = tk.sparsify(theta, tk.masks(state))
+        return jnp.mean((tk.flax.nnx.merge(graphdef, alpha)(x) - 1) ** 2)
+
     @jax.jit
     def step(theta: Any, state: Any) -> Any:
-        def loss(theta: Any) -> Any:
-            alpha = tk.sparsify(theta, tk.masks(state))
-            return jnp.mean((tk.flax.nnx.merge(graphdef, alpha)(x) - 1) ** 2)
-
-        updates, state = tx.update(jax.grad(loss)(theta), state, theta)
+        updates, state = tx.update(jax.grad(loss)(theta, state), state, theta)
         return optax.apply_updates(theta, updates), state
 
     for made in range(1, steps + 1):
+        due = store is not None and tk.due(tx, made)
+        found = tk.probe(loss, theta, state) if due and method.probe else None
         theta, state = step(theta, state)
-        if store is not None and tk.due(tx, made):
-            theta, state, store = tk.refresh(tx, theta, state, store)
+        if due:
+            theta, state, store = tk.refresh(tx, theta, state, store, found)
     tk.check(theta, state)
     return tk.export(theta, state)
 
 
+GROUPED: Any = dict(refresh=tk.every(2), structure=tk.blocks(4, 4))
+METHODS = {
+    "top_kast": tk.top_kast(0.5, 0.25, **GROUPED),
+    "rigl": tk.rigl(0.5, **GROUPED),
+}
+
+
 @pytest.mark.parametrize(
-    "layout", ["block", pytest.param("packed", marks=pytest.mark.slow)]
+    ("layout", "method"),
+    [
+        ("block", "top_kast"),
+        pytest.param("packed", "top_kast", marks=pytest.mark.slow),
+        pytest.param("block", "rigl", marks=pytest.mark.slow),
+    ],
 )
-def test_states_train_in_every_layout(layout):
+def test_states_train_in_every_layout(layout, method):
     """As the masked layout trains them, which defines the meaning."""
-    structure = tk.blocks(4, 4)
-    one, two = trained("masked", structure), trained(layout, structure)
+    one, two = (trained(each, METHODS[method]) for each in ("masked", layout))
     assert jax.tree.structure(one) == jax.tree.structure(two)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two
