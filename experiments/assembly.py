@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 import topkast_jax as tk
 from experiments import mesh as meshes
-from experiments import optimizer, packing, tasks
+from experiments import optimizer, packing, routes, tasks
 from experiments import state as states
 from experiments.config import Watched
 from experiments.state import State
@@ -43,10 +43,14 @@ class Assembly(NamedTuple):
     step_key: jax.Array
 
     def plan(self) -> str:
-        """What is sparse, as a table."""
+        """What is sparse, as a table; in a packed layout, how layers multiply by it."""
         if not isinstance(self.tx, tk.Sparse):
             return "dense: no masks"
-        return str(tk.plan(self.tx, jax.eval_shape(self.task.init, self.init_key)[0]))
+        shapes = jax.eval_shape(self.task.init, self.init_key)[0]
+        table = str(tk.plan(self.tx, shapes))
+        if not self.packed:
+            return table
+        return f"{table}\n{routes.described(self.task, self.tx, self.init_key)}"
 
     def abstract(self, description: Mapping[str, Any] | None = None) -> State:
         """ShapeDtypeStructs of the state, with shardings; nothing is computed.

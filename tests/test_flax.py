@@ -101,8 +101,8 @@ def test_every_kind_of_layer(layout):
         "point/kernel": "expanded",
         "split/kernel": "expanded",
         "join/kernel": "expanded",
-        "einsum/kernel": "expanded: Einsum is not a Dense, DenseGeneral or 1x1 Conv layer",
-        "kernel": "expanded: Mixed is not a Dense, DenseGeneral or 1x1 Conv layer",
+        "einsum/kernel": "expanded",
+        "kernel": "expanded: Mixed is not a Dense, DenseGeneral, Einsum or 1x1 Conv layer",
         "out/kernel": "expanded",
     }
 
@@ -149,7 +149,10 @@ def test_axes_that_do_not_fit_the_layer():
     theta, state, _ = tk.start(tx, params)
     alpha = tk.sparsify(theta, tk.masks(state))
     (said,) = tk.flax.routes(model, {"params": alpha}, x).values()
-    assert said.startswith("expanded: its axes are declared to have 64 inputs")
+    assert said == (
+        "expanded: its axes are read as 'i i o', and the layer multiplies as 'i o o'; "
+        "declare them with tk.axes"
+    )
     dense = model.apply({"params": tk.export(theta, state)}, x)
     np.testing.assert_allclose(
         tk.flax.apply(model)({"params": alpha}, x), dense, rtol=1e-5, atol=1e-6
@@ -194,3 +197,112 @@ def test_boxed_kernels():
     model, x = nn.Dense(64, kernel_init=boxed), jax.random.normal(KEY, (4, 64))
     found = compare(model, x, "block", tk.blocks(32, 32))
     assert set(found) == {"kernel"}
+
+
+@pytest.mark.parametrize(
+    ("text", "x", "kernel", "axes"),
+    [
+        ("bi,io->bo", (4, 16), (16, 8), "i o"),
+        ("...i,oi->...o", (2, 3, 16), (8, 16), "o i"),
+        ("bti,iho->bhto", (2, 3, 8), (8, 4, 8), "i o o"),
+        ("bhti,ohi->bto", (2, 4, 3, 8), (16, 4, 8), "o i i"),
+        ("bih,hio->ob", (2, 8, 4), (4, 8, 8), "i i o"),
+    ],
+)
+def test_einsums_that_are_plain_products(text, x, kernel, axes):
+    """Wherever the axes lie; given to the layer, or to its call."""
+    x = jax.random.normal(KEY, x)
+    model = nn.Einsum(kernel, bias_init=nn.initializers.normal())
+    params = model.init(KEY, x, text)["params"]
+    method = tk.top_kast(0.5, 0.25, structure=tk.blocks(4, 4))
+    rules = tk.axes({"kernel": axes})
+    tx = tk.sparse(optax.sgd(0.1), method, layout="block", axes=rules)
+    theta, state, _ = tk.start(tx, params)
+
+    def loss(theta: Any, expanded: bool) -> Any:
+        alpha = tk.sparsify(theta, tk.masks(state), expanded=expanded)
+        run = model.apply if expanded else tk.flax.apply(model)
+        return jnp.sum(jnp.sin(run({"params": alpha}, x, einsum_str=text)))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    one, two = gradient(theta, True), gradient(theta, False)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two
+    )
+    alpha = tk.sparsify(theta, tk.masks(state))
+    same = nn.Einsum(kernel, text)
+    assert tk.flax.routes(same, {"params": alpha}, x) == {"kernel": "expanded"}
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    assert tk.flax.routes(same, {"params": alpha}, shape) == {"kernel": "expanded"}
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "reason"),
+    [
+        (
+            nn.Einsum((4, 8, 8), "bhi,hio->bho"),
+            (2, 4, 8),
+            "input, kernel and output have an axis in common",
+        ),
+        (
+            nn.Einsum((8, 8), "bi,ii->bi", use_bias=False),
+            (2, 8),
+            "an index is repeated: no plain product",
+        ),
+        (
+            nn.Einsum((8, 8), "bi,io->o", use_bias=False),
+            (2, 8),
+            "it sums over an axis of input or kernel alone",
+        ),
+        (
+            nn.Einsum((2, 8, 8), "bi,bio->bo"),
+            (2, 8),
+            "input, kernel and output have an axis in common",
+        ),
+        (
+            nn.Einsum((8, 8), "i...,...o->io", use_bias=False),
+            (8, 8),
+            "no plain product of input and kernel: 'i...,...o->io'",
+        ),
+        (
+            nn.Einsum((8, 16), "bi,oi->bo"),
+            (2, 16),
+            "its axes are read as 'i o', and the layer multiplies as 'o i'; declare "
+            "them with tk.axes",
+        ),
+        (
+            nn.Einsum((8, 16), "bi,io->bo", preferred_element_type=jnp.float32),
+            (2, 8),
+            "the layer asks for an element type",
+        ),
+    ],
+)
+def test_einsums_that_are_expanded(model, shape, reason):
+    x = jax.random.normal(KEY, shape)
+    (said,) = compare(model, x, "block", tk.blocks(8, 8)).values()
+    assert said == f"expanded: {reason}"
+
+
+def test_dense_general_contracts_any_axes():
+    x = jax.random.normal(KEY, (8, 3, 4))
+    model = nn.DenseGeneral(16, axis=(0, 2))
+    params = model.init(KEY, x)["params"]
+    rules = tk.axes({"kernel": "i i o"})
+    tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="block", axes=rules)
+    theta, state, _ = tk.start(tx, params)
+    alpha = tk.sparsify(theta, tk.masks(state))
+    assert tk.flax.routes(model, {"params": alpha}, x) == {"kernel": "expanded"}
+    dense = model.apply({"params": tk.export(theta, state)}, x)
+    np.testing.assert_allclose(
+        tk.flax.apply(model)({"params": alpha}, x), dense, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_wrong_call_is_refused_by_the_layer():
+    model, x = nn.Einsum((16, 8), "bi,io->bo"), jnp.ones((2, 16))
+    params = model.init(KEY, x)["params"]
+    tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="block")
+    theta, state, _ = tk.start(tx, params)
+    alpha = tk.sparsify(theta, tk.masks(state))
+    with pytest.raises(ValueError, match="einsum_str"):
+        tk.flax.apply(model)({"params": alpha}, x, "bi,io->ob")

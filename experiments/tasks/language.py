@@ -114,6 +114,10 @@ def language_model(config: Config) -> Task:
     tokens = jax.ShapeDtypeStruct((rows, segment), jnp.int32)
     memory = jax.eval_shape(lambda: model.initial_memory(rows))
     uses = count_uses(model, tokens, memory)
+
+    def routes(alpha: Params) -> dict[str, str]:
+        return tk.flax.routes(model, {"params": alpha}, tokens, memory)
+
     return Task(
         init,
         model.initial_memory,
@@ -122,5 +126,6 @@ def language_model(config: Config) -> Task:
         batches,
         uses,
         by_unit=True,
+        routes=routes,
         count=lambda batch: jnp.sum(batch["weights"]),
     )

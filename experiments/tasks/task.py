@@ -39,6 +39,9 @@ class Task(NamedTuple):
         that are called through `tk.flax.apply` do.
       count: batch -> how much of it counts, the number that `loss` and `aux` are means
         over; None where that is its rows.
+      routes: alpha with `tk.BlockMatrix` leaves, or its shapes -> how the model
+        multiplies by each of them, by path, see `tk.flax.routes`; None where `by_unit`
+        is not so.
       batch_axes: the axis, in every leaf of carry and batch, along which rows lie.
     """
 
@@ -52,4 +55,5 @@ class Task(NamedTuple):
     uses: Mapping[str, int]
     by_unit: bool = False
     count: Callable[[Batch], jax.Array] | None = None
+    routes: Callable[[Params], dict[str, str]] | None = None
     batch_axes: int = 0

@@ -1,49 +1,32 @@
-"""Sparse products inside unmodified Flax models.
-
-The only module of the library that imports flax; `import topkast_jax.flax` asks for it.
-"""
+"""Sparse products inside unmodified Linen models."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from topkast_jax._trees import path_name
 from topkast_jax._types import PyTree
+from topkast_jax.flax import contraction
+from topkast_jax.flax.contraction import Contraction
 from topkast_jax.layouts.packed import BlockMatrix, expand
-from topkast_jax.ops import sparse_matmul
 from topkast_jax.ops.api import choose
 
 Path = tuple[str, ...]
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
-
-
-class Contraction(NamedTuple):
-    """How a layer multiplies by its kernel.
-
-    Attributes:
-      axes: of the input that are contracted, ascending and last.
-      features: shape of what they become.
-      steps: strides along the spatial axes of a 1x1 convolution.
-    """
-
-    axes: tuple[int, ...]
-    features: tuple[int, ...]
-    steps: tuple[int, ...] = ()
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
 
 
 def apply(model: nn.Module) -> Callable[..., Any]:
     """`model.apply` for parameters that hold `tk.BlockMatrix` leaves.
 
-    nn.Dense, nn.DenseGeneral and 1x1 nn.Conv layers multiply by units, also inside
-    nn.scan and nn.remat; no other layer can, so their parameters are expanded first.
-    `routes` tells which is which. A kernel that the model also reads in another way than
-    by calling its layer (a tied output) must stay dense. Parameters without a BlockMatrix go to `model.apply`
-    as they are.
+    nn.Dense, nn.DenseGeneral, nn.Einsum and 1x1 nn.Conv layers multiply by units, also
+    inside nn.scan and nn.remat; no other layer can, so their parameters are expanded
+    first. `routes` tells which is which. A kernel that the model also reads in another
+    way than by calling its layer (a tied output) must stay dense. Parameters without a
+    BlockMatrix go to `model.apply` as they are.
 
     Args:
       model: any Linen module.
@@ -95,6 +78,16 @@ def routes(
     Returns:
       The name of an implementation (`tk.ops.IMPLEMENTATIONS`), or "expanded: " and why
       the layer cannot multiply by units.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> model, x = nn.Dense(64), jnp.ones((2, 64))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> method = tk.static(0.5, structure=tk.fan_in(1, 64))
+      >>> tx = tk.sparse(optax.sgd(0.1), method, layout="block")
+      >>> theta, opt_state, _ = tk.start(tx, params)
+      >>> alpha = tk.sparsify(theta, tk.masks(opt_state))
+      >>> routes(model, {"params": alpha}, x)
+      {'kernel': 'columns'}
     """
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     reasons = _reasons(model, variables, *args, **kwargs)
@@ -133,22 +126,23 @@ def _reasons(
     def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = (*module.path, "kernel")
+        out = next_call(*args, **kwargs)  # first: what is wrong with a call, it says
         if context.method_name == "__call__" and path in sparse:
             why = _why_not(module, args, kwargs, sparse[path])
             found[path] = found.get(path) or why
-        return next_call(*args, **kwargs)
+        return out
 
     def dense(leaf: Any) -> Any:
         if not _is_block(leaf):
             return leaf
         return jnp.zeros(leaf.index.grid.shape, leaf.values.dtype)
 
-    def abstract(variables: Any) -> Any:
+    def call(variables: Any, *args: Any, **kwargs: Any) -> None:
         params = jax.tree.map(dense, variables["params"], is_leaf=_is_block)
         with nn.intercept_methods(record):
-            return model.apply({**variables, "params": params}, *args, **kwargs)
+            model.apply({**variables, "params": params}, *args, **kwargs)
 
-    jax.eval_shape(abstract, variables)
+    contraction.abstract_call(call, variables, *args, **kwargs)
     return found
 
 
@@ -160,48 +154,54 @@ def _known(module: nn.Module) -> bool:
 
 def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> str:
     if not _known(module):
-        return f"{type(module).__name__} is not a Dense, DenseGeneral or 1x1 Conv layer"
-    if len(args) != 1 or kwargs:
-        return f"{type(module).__name__} was called with more than its input"
-    if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
-        return "the layer has a dot_general of its own"
+        name = type(module).__name__
+        return f"{name} is not a Dense, DenseGeneral, Einsum or 1x1 Conv layer"
+    for name in ("dot_general", "dot_general_cls"):
+        if getattr(module, name, None):
+            return "the layer has a dot_general of its own"
     if getattr(module, "precision", None) is not None:
         return "the layer asks for a precision"
-    try:
-        contraction = _contraction(module, args[0])
-    except NotImplementedError as error:
-        return str(error)
+    if getattr(module, "preferred_element_type", None) is not None:
+        return "the layer asks for an element type"
+    most = 2 if isinstance(module, nn.Einsum) else 1
+    if not 1 <= len(args) <= most or len(args) + len(kwargs) > most:
+        return f"{type(module).__name__} was called with more than its input"
     grid = matrix.index.grid
     if grid.axes.stack != tuple(range(len(grid.axes.stack))):
         return "its stack axes do not come first"
-    grid = grid.inner(len(grid.axes.stack))
-    inputs = tuple(sorted(grid.axes.window + grid.axes.inputs))
-    contracted = int(np.prod([args[0].shape[a] for a in contraction.axes]))
-    if inputs != tuple(range(len(inputs))) or contracted != grid.matrix_shape[0]:
-        return (
-            f"its axes are declared to have {grid.matrix_shape[0]} inputs, and the layer "
-            f"contracts {contracted}; declare them with tk.axes"
-        )
+    try:
+        x, how = _product(module, *args, **kwargs)
+        contraction.require(how, x.shape, grid.inner(len(grid.axes.stack)))
+    except NotImplementedError as error:
+        return str(error)
     return ""
 
 
-def _contraction(module: Any, x: Any) -> Contraction:
-    if isinstance(module, nn.Dense):
-        return Contraction((x.ndim - 1,), (module.features,))
+def _product(module: Any, x: Any, *more: Any, **named: Any) -> tuple[Any, Contraction]:
+    """What a layer called with these arguments multiplies by its kernel, and how.
+
+    Raises:
+      NotImplementedError: no plain product.
+    """
+    if isinstance(module, nn.Einsum):
+        (text,) = {module.einsum_str, *more, *named.values()} - {None}
+        return x, contraction.of_einsum(text, x.ndim)
+    if isinstance(module, nn.Conv):
+        return _pointwise(module, x)
+    axes, batch = (-1,), ()
+    features = tuple(np.atleast_1d(module.features).tolist())
     if isinstance(module, nn.DenseGeneral):
-        axes = tuple(sorted(a % x.ndim for a in np.atleast_1d(module.axis).tolist()))
-        given = tuple(a % x.ndim for a in np.atleast_1d(module.axis).tolist())
-        if len(np.atleast_1d(module.batch_dims)):
-            raise NotImplementedError("DenseGeneral has batch dimensions")
-        if axes != given or axes != tuple(range(x.ndim - len(axes), x.ndim)):
-            raise NotImplementedError("DenseGeneral contracts other than its last axes")
-        return Contraction(axes, tuple(np.atleast_1d(module.features).tolist()))
-    return _pointwise(module, x)
+        axes = np.atleast_1d(module.axis).tolist()
+        batch = np.atleast_1d(module.batch_dims).tolist()
+    inputs = sorted(a % x.ndim for a in axes)
+    dimensions = ((inputs, range(len(inputs))), (batch, batch))
+    rank = len(inputs) + len(features)
+    return x, contraction.of_dot_general(dimensions, x.ndim, rank)
 
 
-def _pointwise(module: Any, x: Any) -> Contraction:
+def _pointwise(module: Any, x: Any) -> tuple[Any, Contraction]:
     size = tuple(np.atleast_1d(module.kernel_size).tolist())
-    if set(size) != {1} or x.ndim != len(size) + 2:
+    if set(size) != {1}:
         raise NotImplementedError(f"Conv has a window of {'x'.join(map(str, size))}")
     if module.feature_group_count != 1 or module.mask is not None:
         raise NotImplementedError("Conv has feature groups or a mask")
@@ -211,8 +211,8 @@ def _pointwise(module: Any, x: Any) -> Contraction:
         raise NotImplementedError("Conv dilates its input")
     if module.conv_general_dilated or module.conv_general_dilated_cls:
         raise NotImplementedError("the layer has a convolution of its own")
-    strides = np.broadcast_to(module.strides or 1, len(size)).tolist()
-    return Contraction((x.ndim - 1,), (module.features,), tuple(strides))
+    steps = tuple(np.broadcast_to(module.strides or 1, len(size)).tolist())
+    return contraction.of_pointwise(x, size, steps)
 
 
 def _multiply(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -223,14 +223,9 @@ def _multiply(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     kernel: Any = module.get_variable("params", "kernel")
     if not isinstance(kernel, BlockMatrix):
         return next_call(*args, **kwargs)
-    (x,) = args
+    x, *more = args
     bias = module.get_variable("params", "bias") if module.use_bias else None
     x, values, bias = module.promote_dtype(x, kernel.values, bias, dtype=module.dtype)
-    contraction = _contraction(module, x)
-    if contraction.steps:
-        x = x[(slice(None), *(slice(None, None, s) for s in contraction.steps))]
-    rows = x.shape[: contraction.axes[0]]
-    flat: Array = x.reshape(*rows, -1)
-    y = sparse_matmul(flat, BlockMatrix(values, kernel.index))
-    y = y.reshape(*rows, *contraction.features)
-    return y if bias is None else y + bias.reshape((1,) * len(rows) + bias.shape)
+    x, how = _product(module, x, *more, **kwargs)
+    y = contraction.multiply(x, BlockMatrix(values, kernel.index), how)
+    return contraction.add_bias(y, bias, how)
