@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from topkast_jax.grid import Grid
 from topkast_jax.layouts.packed import BlockMatrix
 from topkast_jax.ops import sparse_matmul
-from topkast_jax.structure import Grid
 
 Labels = tuple[Hashable, ...]
 _SHAPE = jax.ShapeDtypeStruct
