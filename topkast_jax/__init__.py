@@ -16,9 +16,10 @@ from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
-from topkast_jax.packed import due, fan_in_normal, refresh, shapes, start
+from topkast_jax.packed import due, fan_in_normal, shapes, start
 from topkast_jax.plan import Plan
 from topkast_jax.probe import Found, probe
+from topkast_jax.refresh import Chosen, choose, refresh
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import (
@@ -52,6 +53,7 @@ __all__ = [
     "METHODS",
     "Axes",
     "BlockMatrix",
+    "Chosen",
     "Counts",
     "DropInState",
     "Found",
@@ -73,6 +75,7 @@ __all__ = [
     "blocks",
     "by_path",
     "check",
+    "choose",
     "cosine",
     "cubic",
     "dense_masks",

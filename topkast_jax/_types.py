@@ -199,6 +199,8 @@ class SparseState(NamedTuple):
       nonfinite_leaf: uint32, CRC-32 of the path of the first such parameter.
       nonfinite_count: int32, how many entries of its gradient were NaN or Inf.
       sparse_inner: state of the inner optimizer.
+      sparse_next: A and B that are chosen and not yet in force (`refresh_delay`, masked
+        layout); None without a delay.
     """
 
     sparse_step: Int[Array, ""]
@@ -211,3 +213,4 @@ class SparseState(NamedTuple):
     nonfinite_leaf: Array
     nonfinite_count: Int[Array, ""]
     sparse_inner: optax.OptState
+    sparse_next: PyTree = None

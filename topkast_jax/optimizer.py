@@ -1,8 +1,11 @@
 """The optax transformation: one update of an always-sparse network, on one screen."""
 
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -32,6 +35,7 @@ def sparse(
     axes: AxesRules | None = None,
     reset: Reset = "init",
     learning_rate: float | Schedule | None = None,
+    refresh_delay: int = 0,
 ) -> Sparse:
     """Trains with `inner` on the sets that `method` chooses.
 
@@ -56,10 +60,15 @@ def sparse(
       reset: what moments of entries that enter or leave B become, "init" or "keep".
       learning_rate: of the inner optimizer, a number or a schedule; only methods with a
         decoupled penalty ask for it.
+      refresh_delay: d: masks are chosen from the parameters of the step where a refresh
+        is due, and come into force d steps later. In packed layouts the choice then
+        runs beside the training (`tk.choose`); the masked layout does the same,
+        as reference.
     Returns:
       An optax transformation; its `update` needs `params`.
     Raises:
-      ValueError: an unknown layout or reset, or a missing learning rate. `init` raises
+      ValueError: an unknown layout or reset, a missing learning rate, or a delay that is
+        not shorter than the time between two refreshes. `init` raises
         if nothing is selected, or a parameter would keep nothing.
     Example:
       >>> import jax, topkast_jax as tk
@@ -85,9 +94,12 @@ def sparse(
             f'reset="keep" needs layout="masked": in layout={layout!r} an entry outside '
             "B has no moments that could be kept"
         )
+    _require_time(method, refresh_delay)
     inner = optax.with_extra_args_support(inner)
     rules = AxesRules({}) if axes is None else axes
-    recipe = Recipe(inner, method, layout, seed, rules, reset, learning_rate)
+    recipe = Recipe(
+        inner, method, layout, seed, rules, reset, learning_rate, refresh_delay
+    )
     if layout != "masked":
         return packed.transformation(recipe)
 
@@ -116,6 +128,7 @@ def sparse(
             nonfinite_leaf=jnp.uint32(0),
             nonfinite_count=jnp.int32(0),
             sparse_inner=inner.init(treedef.unflatten(landed)),
+            sparse_next=_pairs(treedef, sets) if refresh_delay else None,
         )
 
     def due(step: Any) -> Array:
@@ -147,10 +160,10 @@ def sparse(
         memory = {s.index: memory_[s.index] for s in found}
         step = state.sparse_step
 
-        def view(site: Site, value: Array, at: Any) -> MaskedLeaf:
+        def view(site: Site, value: Array, at: Any, own: Any = None) -> MaskedLeaf:
             i = site.index
             args = (
-                sets[i],
+                (own or sets)[i],
                 grads[i],
                 state.sparse_seed,
                 at,
@@ -199,14 +212,20 @@ def sparse(
         # computed once, without writing u. Else it would be one more array every step.
         ahead = _add(theta, u) if method.reservoir else None
 
-        def refreshed(operand: _Moving) -> _Moving:
+        def chosen(operand: _Moving) -> _Moving:
             moved = ahead or _add(theta, operand.u)
-            new_sets, new_memory, new_u = {}, {}, list(operand.u)
+            new_sets, new_memory = {}, {}
             for site in found:
                 i = site.index
+                leaf = view(site, moved[i], step + 1, operand.sets)
                 new_sets[i], new_memory[i] = method.refresh(
-                    view(site, moved[i], step + 1), operand.memory[i], step + 1
+                    leaf, operand.memory[i], step + 1
                 )
+            return operand._replace(coming=new_sets, memory=new_memory)
+
+        def in_force(operand: _Moving) -> _Moving:
+            new_sets, new_u = operand.coming, list(operand.u)
+            for i in sets:
                 off = off_mask(i, u[i].dtype)
                 if not method.reservoir:
                     new_u[i] = jnp.where(new_sets[i].backward, operand.u[i], off)
@@ -215,19 +234,28 @@ def sparse(
                 fresh = inner.init(treedef.unflatten(_add(theta, new_u)))
                 changed = {i: new_sets[i].backward ^ backward[i] for i in sets}
                 new_inner = _reset(new_inner, fresh, flat, changed)
-            return _Moving(new_sets, new_memory, new_u, new_inner)
+            return operand._replace(sets=new_sets, u=new_u, inner=new_inner)
 
-        def refreshed_if_finite(operand: _Moving) -> _Moving:
+        def refreshed(operand: _Moving) -> _Moving:
+            return in_force(chosen(operand))
+
+        def if_finite(change: Any, operand: _Moving) -> _Moving:
             moved = ahead or _add(theta, operand.u)
             finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
-            return faults.when(jnp.stack(finite).all(), refreshed, operand)
+            return faults.when(jnp.stack(finite).all(), change, operand)
 
         bad = jnp.stack([odd[i][0] for i in range(len(raw))])
         leaked = jnp.stack([leak for _, leak in odd.values()]).any()
-        after = _Moving(sets, memory, u, inner_state)
+        coming = _read_pairs(treedef, state.sparse_next) if refresh_delay else sets
+        after = _Moving(sets, memory, u, inner_state, coming)
         if method.due is not None:
             now = due(step + 1) & (bad == 0).all()
-            after = faults.when(now, refreshed_if_finite, after)
+            change = refreshed
+            if refresh_delay:
+                began = step + 1 - refresh_delay
+                after = faults.when(due(began) & (began > 0), in_force, after)
+                change = chosen
+            after = faults.when(now, partial(if_finite, change), after)
         return treedef.unflatten(after.u), SparseState(
             sparse_step=jnp.asarray(optax.safe_increment(step)),
             sparse_seed=state.sparse_seed,
@@ -237,18 +265,45 @@ def sparse(
             leaks=state.leaks + leaked.astype(jnp.int32),
             **faults.first_nonfinite(state, flat, bad),
             sparse_inner=after.inner,
+            sparse_next=_pairs(treedef, after.coming) if refresh_delay else None,
         )
 
     return Sparse(init_fn, update_fn, recipe)
 
 
 class _Moving(NamedTuple):
-    """What a refresh may replace: sets and memory by site, updates, inner state."""
+    """What a refresh may replace: sets and memory by site, updates, inner state, and the
+    sets that are chosen and come into force later.
+    """
 
     sets: dict[int, LeafMasks]
     memory: dict[int, Any]
     u: list[Array]
     inner: optax.OptState
+    coming: dict[int, LeafMasks]
+
+
+def _require_time(method: Method, delay: int) -> None:
+    """Raises ValueError where a refresh would be due before the last is in force."""
+    if delay < 0:
+        raise ValueError(f"refresh_delay={delay} must be at least 0")
+    if delay == 0:
+        return
+    if method.due is None:
+        raise ValueError(f"refresh_delay={delay}: {method.name} never refreshes")
+    if method.observe is not None:
+        raise ValueError(
+            f"refresh_delay={delay}: {method.name} keeps a memory that changes at every "
+            "step, and would be chosen from one that is out of date"
+        )
+    due = np.flatnonzero(method.due(np.arange(100_000)))
+    for one, two in pairwise(due.tolist()):
+        if two - one <= delay:
+            raise ValueError(
+                f"refresh_delay={delay}: refreshes are due at steps {one} and {two}, "
+                "before the masks of the first would be in force; choose a shorter "
+                "delay, or refresh less often"
+            )
 
 
 def _view(
@@ -297,6 +352,17 @@ def _as_trees(
         _scatter(treedef, {i: s.backward for i, s in sets.items()}),
         _scatter(treedef, probe),
     )
+
+
+def _pairs(treedef: Any, sets: dict[int, LeafMasks]) -> Masks:
+    """As the state keeps them, apart from the masks that are in force."""
+    return _as_trees(treedef, sets, {})
+
+
+def _read_pairs(treedef: Any, masks: Masks) -> dict[int, LeafMasks]:
+    forward, backward = (treedef.flatten_up_to(tree) for tree in masks[:2])
+    pairs = enumerate(zip(forward, backward, strict=True))
+    return {i: LeafMasks(*pair) for i, pair in pairs if pair[0] is not None}
 
 
 def _reset(

@@ -1,8 +1,8 @@
-"""Training with packed arrays: its start, its update, and its refresh on the host.
+"""Training with packed arrays: its start and its update.
 
 The device holds B alone, and so does the optimizer. What a method keeps beyond B, its
 reservoir, lives in a `Store` in host memory. Masks change the arrays themselves, so a
-refresh is a function of its own, between two updates.
+refresh is a function of its own, between two updates: refresh.py.
 """
 
 import os
@@ -128,7 +128,7 @@ def start(
       >>> theta["kernel"].tolist()  # A, then the rest of B
       [3.0, -4.0, -2.0]
     """
-    recipe = _packed(tx, "tk.start")
+    recipe = recipe_for(tx, "tk.start")
     shapes = jax.eval_shape(params) if callable(params) else params
     flat, treedef = _trees.parameters(shapes)
     found = plan_lib.sites(recipe.method, recipe.axes, flat)
@@ -153,19 +153,19 @@ def start(
         units = None if only_shape else site.grid.to_units(np.asarray(dense))
         if recipe.method.reservoir and units is not None:
             units = stores.add(store, site.path, units)
-        leaf = _leaf(site, seed, 0, store.theta.get(site.path), dense.dtype)
+        leaf = host_leaf(site, seed, 0, store.theta.get(site.path), dense.dtype)
         masks, memory[i] = recipe.method.init(leaf)
         numbers = host.numbered(site.grid, *masks)
-        indices[i] = _index(numbers, masks, site, recipe)
+        indices[i] = indexed(numbers, masks, site, recipe)
         if units is None:
             key = jax.random.fold_in(leaf.key, _INITIAL)
             theta.append(initial(key, indices[i], dense.dtype))
         else:
-            taken = np.take_along_axis(units, _wide(numbers, units), 1)
-            theta.append(_stored(taken, site))
+            taken = np.take_along_axis(units, wide(numbers, units), 1)
+            theta.append(stored(taken, site))
     packed = treedef.unflatten(theta)
     _require_slots(recipe, shapes, packed, [flat[i] for i in sites])
-    return packed, _state(recipe, seed, treedef, indices, memory, packed), store
+    return packed, state_of(recipe, seed, treedef, indices, memory, packed), store
 
 
 def _require_slots(
@@ -190,7 +190,7 @@ def _require_slots(
     least = min(values[p.path] for p in sparse)
     found = kept(packed)
     for name, leaf in found:
-        if leaf.size >= least and not any(_ends(name, path) for path in paths):
+        if leaf.size >= least and not any(ends(name, path) for path in paths):
             raise ValueError(
                 f"the inner optimizer keeps an array of shape {leaf.shape} at {name!r} "
                 "that belongs to no parameter (optax.flatten does so): nothing tells "
@@ -198,7 +198,7 @@ def _require_slots(
             )
     before = kept(dense)
     for p in sparse:
-        was, now = (sum(_ends(n, p.path) for n, _ in some) for some in (before, found))
+        was, now = (sum(ends(n, p.path) for n, _ in some) for some in (before, found))
         if was != now:
             raise ValueError(
                 f"the inner optimizer keeps {was} arrays for {p.path!r} when it is dense, "
@@ -207,7 +207,8 @@ def _require_slots(
             )
 
 
-def _ends(name: str, path: str) -> bool:
+def ends(name: str, path: str) -> bool:
+    """Whether the name of an array in a state ends with the path of a parameter."""
     return name == path or name.endswith(f"/{path}")
 
 
@@ -234,7 +235,7 @@ def shapes(
       >>> theta["kernel"].shape
       (30,)
     """
-    recipe = _packed(tx, "tk.shapes")
+    recipe = recipe_for(tx, "tk.shapes")
     flat, treedef = _trees.parameters(params)
     struct: Any = jax.ShapeDtypeStruct
     theta = [struct(jnp.shape(p.array), p.array.dtype) for p in flat]
@@ -254,123 +255,27 @@ def shapes(
 
     def state(packed: PyTree) -> SparseState:
         seed = jnp.asarray(recipe.seed, jnp.uint32)
-        return _state(recipe, seed, treedef, {}, dict.fromkeys(indices, ()), packed)
+        return state_of(recipe, seed, treedef, {}, dict.fromkeys(indices, ()), packed)
 
-    masks = Masks(*(_tree(treedef, found) for found in (indices, {}, {})))
+    masks = Masks(*(tree_of(treedef, found) for found in (indices, {}, {})))
     return packed, jax.eval_shape(state, packed)._replace(sparse_masks=masks)
 
 
 def due(tx: optax.GradientTransformation, step: int) -> bool:
     """Whether the masks change before step `step`: whether to call `tk.refresh` now.
 
+    With a `refresh_delay` of d, `tk.choose` is to be called where this holds for step + d.
+
     Args:
       tx: `tk.sparse(..., layout="packed")`.
       step: number of updates made so far.
     """
-    schedule = _packed(tx, "tk.due").method.due
-    return schedule is not None and bool(schedule(step))
+    recipe = recipe_for(tx, "tk.due")
+    schedule, begun = recipe.method.due, step - recipe.delay
+    return schedule is not None and begun > 0 and bool(schedule(begun))
 
 
-def refresh(
-    tx: optax.GradientTransformation,
-    theta: PyTree,
-    opt_state: optax.OptState,
-    store: Store,
-    found: PyTree = None,
-) -> tuple[PyTree, optax.OptState, Store]:
-    """Chooses A and B anew, and replaces the packed arrays.
-
-    Writes B back to the reservoir, selects there, and ships the new B. Moments of
-    entries that stay in B go with them; those of entries that enter are what
-    `inner.init` gives them (`reset="keep"` has no meaning here: what is not in B has no
-    moments).
-
-    Args:
-      tx: `tk.sparse(..., layout="packed")`.
-      theta: the packed parameters, after an update.
-      opt_state: the state that the update returned.
-      store: from `tk.start`; written in place.
-      found: what `tk.probe` returned, for methods that grow by gradient.
-    Returns:
-      theta, opt_state and store, for the coming step.
-    Raises:
-      ValueError: NaN or Inf in theta, named by path; nothing has been changed then.
-    """
-    recipe = _packed(tx, "tk.refresh")
-    states = _trees.find_states(opt_state)
-    if len(states) != 1:
-        raise ValueError(
-            f"tk.refresh: {len(states)} states of tk.sparse in this optimizer state; it "
-            "serves the one that tk.start made"
-        )
-    (state,) = states
-    flat, treedef = _trees.parameters(theta)
-    indices = treedef.flatten_up_to(state.sparse_masks.forward)
-    memory = treedef.flatten_up_to(state.sparse_memory)
-    seen = treedef.flatten_up_to(found) if found is not None else [None] * len(flat)
-    step = int(state.sparse_step)
-    values = {
-        i: np.asarray(flat[i].array) for i, ix in enumerate(indices) if ix is not None
-    }
-    for i, value in values.items():
-        if not np.isfinite(value.astype(np.float32, copy=False)).all():
-            raise ValueError(
-                f"{flat[i].path!r} holds NaN or Inf at step {step}; masks chosen from "
-                "it would mean nothing"
-            )
-    new_theta = [p.array for p in flat]
-    new_indices: dict[int, Index] = {}
-    sources: dict[int, np.ndarray] = {}
-    for i, value in values.items():
-        index: Index = indices[i]
-        grid, slices = index.grid, index.grid.whole[0]
-        old = np.asarray(index.index).reshape(slices, -1)
-        value = value.reshape(slices, -1, *grid.unit)
-        site = _site(i, flat[i].path, index)
-        if recipe.method.reservoir:
-            units = store.array(site.path, (slices, grid.count, *grid.unit))
-            np.put_along_axis(units, _wide(old, units), value, axis=1)
-            leaf = _leaf(site, state.sparse_seed, step, units, units.dtype)
-        else:
-            leaf = _listed(site, state.sparse_seed, step, old, value, seen[i])
-        masks, memory[i] = recipe.method.refresh(leaf, memory[i], step)
-        new = host.numbered(grid, *masks)
-        source = _source(old, new)
-        if recipe.method.reservoir:
-            shipped = np.take_along_axis(units, _wide(new, units), 1)
-        else:
-            shipped = np.take_along_axis(value, _wide(np.maximum(source, 0), value), 1)
-            shipped[source < 0] = 0
-        new_theta[i] = _stored(shipped, site)
-        new_indices[i] = _index(new, masks, site, recipe)
-        sources[i] = source
-    packed = treedef.unflatten(new_theta)
-    fresh = _state(
-        recipe,
-        state.sparse_seed,
-        treedef,
-        new_indices,
-        dict(enumerate(memory)),
-        packed,
-    )
-    moved = _moved(state.sparse_inner, fresh.sparse_inner, flat, sources, new_indices)
-    new_state = state._replace(
-        sparse_masks=fresh.sparse_masks,
-        sparse_memory=treedef.unflatten(memory),
-        sparse_inner=moved,
-    )
-    after = (packed, _trees.replace_state(opt_state, new_state))
-    return *_placed_like(after, (theta, opt_state)), store
-
-
-def _placed_like(new: PyTree, old: PyTree) -> PyTree:
-    """Puts arrays where those that they replace were."""
-    return jax.tree.map(
-        lambda x, was: jax.device_put(x, was.sharding) if was.committed else x, new, old
-    )
-
-
-def _packed(tx: optax.GradientTransformation, caller: str) -> Recipe:
+def recipe_for(tx: optax.GradientTransformation, caller: str) -> Recipe:
     recipe = recipe_of(tx, caller)
     if recipe.layout == "masked":
         raise ValueError(
@@ -389,7 +294,7 @@ _INITIAL = 2**32 - 2
 """Folded into a leaf's key for initial values; no slice has this number."""
 
 
-def _leaf(
+def host_leaf(
     site: Site, seed: Array, step: int, units: np.ndarray | None, dtype: Any
 ) -> HostLeaf:
     """A leaf over all of theta, [slices, units, *unit], or without any entries."""
@@ -413,69 +318,24 @@ def _leaf(
     )
 
 
-def _listed(
-    site: Site, seed: Array, step: int, index: np.ndarray, value: np.ndarray, found: Any
-) -> HostLeaf:
-    """A leaf over the units of A alone."""
-    places, order = host.selection_places(site.grid, index)
-    flat = value.reshape(-1, *site.grid.unit)[order]
-    grad, candidates = np.zeros_like(flat), None
-    if found is not None:
-        grads = np.asarray(found.grad).reshape(-1, *site.grid.unit)
-        grad = grads[order]
-        there, place = host.selection_places(site.grid, np.asarray(found.index))
-        others = np.asarray(found.candidates).reshape(-1, *site.grid.unit)[place]
-        candidates = (there, others)
-    marks = np.ones(flat.shape[:2], bool)
-    return HostLeaf(
-        grid=site.grid,
-        counts=site.counts,
-        path=site.path,
-        key=_trees.leaf_key(seed, site.path, step),
-        places=places,
-        value=flat,
-        grad=grad,
-        forward=marks,
-        backward=marks,
-        candidates=candidates,
-    )
-
-
-def _site(i: int, path: str, index: Index) -> Site:
-    counts = PackedLeaf(index.index, index.index, index, path, index.index).counts
-    return Site(i, path, index.grid, counts, counts)
-
-
-def _index(numbers: np.ndarray, masks: LeafMasks, site: Site, recipe: Recipe) -> Index:
+def indexed(numbers: np.ndarray, masks: LeafMasks, site: Site, recipe: Recipe) -> Index:
     slices = site.grid.whole[0]
     shaped = numbers.reshape(*site.grid.stack, -1)
     k_forward = len(masks.forward) // slices
     return Index(jnp.asarray(shaped), site.grid, k_forward, recipe.layout == "block")
 
 
-def _stored(values: np.ndarray, site: Site) -> Array:
+def stored(values: np.ndarray, site: Site) -> Array:
     shape = (*site.grid.stack, values.shape[1], *site.grid.unit)
     return jnp.asarray(values.reshape(shape))
 
 
-def _wide(index: np.ndarray, units: np.ndarray) -> np.ndarray:
+def wide(index: np.ndarray, units: np.ndarray) -> np.ndarray:
     """An index [slices, n] that take_along_axis can use on units with a shape."""
     return index.reshape(*index.shape, *(1 for _ in units.shape[2:])).astype(np.int64)
 
 
-def _source(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Where each unit of `new` stands in `old`, -1 where it does not; [slices, n]."""
-    order = np.argsort(old, axis=1, kind="stable")
-    found = np.full(new.shape, -1, np.int64)
-    for s in range(len(old)):
-        ranked = old[s][order[s]]
-        at = np.minimum(np.searchsorted(ranked, new[s]), len(ranked) - 1)
-        same = ranked[at] == new[s]
-        found[s][same] = order[s][at[same]]
-    return found
-
-
-def _state(
+def state_of(
     recipe: Recipe,
     seed: Array,
     treedef: Any,
@@ -486,8 +346,8 @@ def _state(
     return SparseState(
         sparse_step=jnp.int32(0),
         sparse_seed=seed,
-        sparse_masks=Masks(*(_tree(treedef, found) for found in (indices, {}, {}))),
-        sparse_memory=_tree(treedef, memory),
+        sparse_masks=Masks(*(tree_of(treedef, found) for found in (indices, {}, {}))),
+        sparse_memory=tree_of(treedef, memory),
         sparse_reservoir=jnp.asarray(recipe.method.reservoir),
         leaks=jnp.int32(0),
         nonfinite_step=jnp.int32(-1),
@@ -497,38 +357,6 @@ def _state(
     )
 
 
-def _tree(treedef: Any, found: dict[int, Any]) -> PyTree:
+def tree_of(treedef: Any, found: dict[int, Any]) -> PyTree:
     """A tree like the parameters, None where an index is left out."""
     return treedef.unflatten([found.get(i) for i in range(treedef.num_leaves)])
-
-
-def _moved(
-    state: PyTree,
-    fresh: PyTree,
-    params: list[_trees.Parameter],
-    sources: dict[int, np.ndarray],
-    indices: dict[int, Index],
-) -> PyTree:
-    """Slots of the inner optimizer: old values where a unit stays, else fresh ones.
-
-    What belongs to a sparse parameter and is no slot (factored moments) begins anew: it
-    sums over units that are not where they were.
-    """
-    leaves, treedef = _trees.parameters(state)
-    news = treedef.flatten_up_to(fresh)
-    owners = _trees.slots(state, params)
-    out = []
-    for leaf, new, owner in zip(leaves, news, owners, strict=True):
-        old = leaf.array
-        if owner is None or owner not in sources:
-            sums = any(_ends(leaf.path, params[i].path) for i in sources)
-            out.append(new if owner is None and sums else old)
-            continue
-        unit = indices[owner].grid.unit
-        source = jnp.asarray(sources[owner])
-        at = source.reshape(*source.shape, *(1 for _ in unit))
-        was = old.reshape(len(source), -1, *unit)
-        now = new.reshape(len(source), -1, *unit)
-        kept = jnp.take_along_axis(was, jnp.maximum(at, 0), axis=1)
-        out.append(jnp.where(at >= 0, kept, now).reshape(new.shape))
-    return treedef.unflatten(out)

@@ -24,6 +24,7 @@ class Recipe(NamedTuple):
     axes: AxesRules
     reset: Reset
     learning_rate: float | Schedule | None
+    delay: int = 0
 
     def rate(self, step: Any) -> Any:
         """The learning rate of a step, where it was given."""

@@ -43,11 +43,12 @@ def run(
     shape: tuple[int, ...] = PLAIN,
     inner: optax.GradientTransformation | None = None,
     dtype: Any = jnp.float32,
+    delay: int = 0,
 ) -> list[Seen]:
     """Trains for ten steps, masks refreshed by whichever way the layout has."""
     axes = tk.axes({"*/kernel": "s i o"}) if len(shape) == 3 else None
     inner = optax.adam(0.05) if inner is None else inner
-    tx = tk.sparse(inner, method, layout=layout, seed=7, axes=axes)
+    tx = tk.sparse(inner, method, layout=layout, seed=7, axes=axes, refresh_delay=delay)
     kernel = jax.random.normal(jax.random.key(0), shape).astype(dtype)
     theta: Any = {"one": {"kernel": kernel, "bias": jnp.zeros(shape[-1])}}
     packed = layout != "masked"
@@ -63,14 +64,16 @@ def run(
         updates, state = tx.update(grads, state, theta)
         return optax.apply_updates(theta, updates), state, value
 
-    seen = []
+    seen, chosen = [], None
     for t in range(STEPS):
         found = None
-        if packed and method.probe and tk.due(tx, t + 1):
+        if packed and method.probe and tk.due(tx, t + 1 + delay):
             found = tk.probe(loss, theta, state, t)
         theta, state, value = step(theta, state, t)
+        if packed and delay and tk.due(tx, t + 1 + delay):
+            chosen = tk.choose(tx, theta, state, store, found)
         if packed and tk.due(tx, t + 1):
-            theta, state, store = tk.refresh(tx, theta, state, store, found)
+            theta, state, store = tk.refresh(tx, theta, state, store, found, chosen)
         masks, alpha = tk.dense_masks(state), tk.export(theta, state)
         seen.append(
             Seen(

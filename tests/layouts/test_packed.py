@@ -18,7 +18,7 @@ METHODS: dict[str, Any] = {
     "top_kast_random": lambda **o: tk.top_kast(
         0.8, 0.6, refresh=DUE, explore="random", **o
     ),
-    "top_kast_stop": lambda **o: tk.top_kast(0.8, 0.6, refresh=DUE, stop=7, **o),
+    "top_kast_stop": lambda **o: tk.top_kast(0.8, 0.6, refresh=DUE, stop=8, **o),
     "static": lambda **o: tk.static(0.8, **o),
     "set": lambda **o: tk.set_(0.8, refresh=DUE, **o),
     "rigl": lambda **o: tk.rigl(
@@ -75,6 +75,47 @@ def test_masks_and_weights_are_those_of_the_masked_layout(name, structure, shape
     assert_same(masked, packed)
     moved = any((s.forward != masked[0].forward).any() for s in masked)
     assert moved == (name != "static")
+
+
+@pytest.mark.parametrize(
+    ("name", "structure", "shape", "delay"),
+    [
+        ("top_kast", "entries", PLAIN, 2),
+        ("top_kast_stop", "blocks", STACKED, 1),
+        ("rigl", "entries", PLAIN, 1),
+        *(
+            pytest.param(*cell, marks=pytest.mark.slow)
+            for cell in (
+                ("set", "fan_in", PLAIN, 2),
+                ("top_kast_random", "n_of_m", STACKED, 2),
+                ("rigl", "blocks", PLAIN, 2),
+            )
+        ),
+    ],
+)
+def test_delayed_masks_are_those_of_the_masked_layout(name, structure, shape, delay):
+    method = METHODS[name](structure=STRUCTURES[structure])
+    late = run("masked", method, shape, delay=delay)
+    assert_same(late, run("packed", method, shape, delay=delay))
+    at_once = run("masked", method, shape)
+    # The first choice is the same; it comes into force later, and is trained later.
+    first = EVERY - 1
+    np.testing.assert_array_equal(at_once[first].backward, late[first + delay].backward)
+    assert (at_once[first].backward != late[first].backward).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "delay", "message"),
+    [
+        (tk.top_kast(0.8, 0.6, refresh=tk.every(3)), 3, "due at steps 3 and 6"),
+        (tk.set_(0.8, refresh=tk.at([4, 5])), 2, "due at steps 4 and 5"),
+        (tk.static(0.8), 1, "static never refreshes"),
+        (tk.top_kast(0.8, 0.6), -1, "must be at least 0"),
+    ],
+)
+def test_delays_that_make_no_sense(method, delay, message):
+    with pytest.raises(ValueError, match=message):
+        tk.sparse(optax.sgd(0.1), method, refresh_delay=delay)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class Store:
 
     theta: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     folder: pathlib.Path | None = None
+    journal: Any = None
 
     @property
     def nbytes(self) -> int:
