@@ -11,6 +11,7 @@ from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.grid import Grid
 from topkast_jax.health import Health, NonFinite, check, health
+from topkast_jax.layouts.journal import Journal
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
@@ -60,6 +61,7 @@ __all__ = [
     "Grid",
     "Health",
     "Index",
+    "Journal",
     "Leaf",
     "LeafMasks",
     "Masks",

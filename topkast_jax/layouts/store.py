@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class Store:
     Attributes:
       theta: by path, [slices, units, *unit].
       folder: where the arrays are mapped from; None where they are in memory.
+      journal: a `tk.Journal` that is told of every refresh; None keeps none.
     """
 
     theta: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -46,7 +48,17 @@ class Store:
         created = create(temporary)
         for path, values in self.theta.items():
             add(created, path, values)
+        created.seal()
         os.replace(temporary, folder)
+
+    def seal(self) -> None:
+        """Brings mapped files to disk, and notes their checksums for `load`."""
+        if self.folder is None:
+            return
+        for values in self.theta.values():
+            if isinstance(values, np.memmap):
+                values.flush()
+        _write_names(self, self.folder, sealed=True)
 
     def array(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """The array of a parameter.
@@ -92,11 +104,13 @@ def add(store: Store, path: str, values: np.ndarray) -> np.ndarray:
     return own
 
 
-def _write_names(store: Store, folder: pathlib.Path) -> None:
-    names = {
+def _write_names(store: Store, folder: pathlib.Path, sealed: bool = False) -> None:
+    names: dict[str, list[Any]] = {
         name: [f"{i}.bin", str(x.dtype), list(x.shape)]
         for i, (name, x) in enumerate(store.theta.items())
     }
+    for name, x in store.theta.items() if sealed else ():
+        names[name].append(_checksum(x))
     (folder / NAMES).write_text(json.dumps(names))
 
 
@@ -115,7 +129,7 @@ def load(folder: Folder, mapped: bool = False) -> Store:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no reservoir: {error}") from error
     theta: dict[str, np.ndarray] = {}
-    for path, (name, kind, shape) in names.items():
+    for path, (name, kind, shape, *sums) in names.items():
         dtype: Any = jnp.dtype(kind)
         file, size = folder / name, math.prod(shape) * dtype.itemsize
         there = file.stat().st_size if file.exists() else 0
@@ -125,5 +139,14 @@ def load(folder: Folder, mapped: bool = False) -> Store:
                 "it is missing or cut short"
             )
         raw = np.memmap(file, np.uint8, "r+") if mapped else np.fromfile(file, np.uint8)
+        if sums and _checksum(raw) != sums[0]:
+            raise ValueError(f"{file}, the reservoir of {path!r}, has changed on disk")
         theta[path] = raw.view(dtype).reshape(shape)
-    return Store(theta, folder if mapped else None)
+    store = Store(theta, folder if mapped else None)
+    if mapped:
+        _write_names(store, folder)  # from now on the files change
+    return store
+
+
+def _checksum(values: np.ndarray) -> int:
+    return zlib.crc32(values.reshape(-1).view(np.uint8).data)
