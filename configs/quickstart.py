@@ -103,6 +103,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 ("*/attention/*/kernel", "i o o"),
             ),
             layout=args["layout"],  # or "packed", "block": see README.md
+            refresh_delay=0,  # steps from the choice of masks to their coming into force
+            reservoir="memory",  # of packed layouts, or "files" in the workdir
             # Or "blocks:8x128", "fan_in", "fan_in:1x64", "n_of_m:32".
             structure=args["structure"],
             # Selections apart, by which packed parameters are cut over a mesh.

@@ -1,5 +1,6 @@
 """What a config stands for, before there is any array: task, transformation, shapes."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ class Assembly(NamedTuple):
       tx: the transformation that trains.
       method: of `tx`; None for a dense network.
       packed: whether `tx` holds B alone, and is refreshed between steps.
+      in_files: whether the reservoir of a packed layout lives in files of the workdir.
+      delay: updates from the choice of masks to their coming into force.
       init_key: of parameters and masks.
       step_key: of what steps draw.
     """
@@ -39,6 +42,8 @@ class Assembly(NamedTuple):
     tx: optax.GradientTransformation
     method: tk.Method | None
     packed: bool
+    in_files: bool
+    delay: int
     init_key: jax.Array
     step_key: jax.Array
 
@@ -70,11 +75,15 @@ class Assembly(NamedTuple):
         """Shardings of a state of these shapes."""
         return states.shardings(self.mesh, self.rules, state)
 
-    def begin(self) -> tuple[State, tk.Store | None]:
+    def begin(self, workdir: pathlib.Path) -> tuple[State, tk.Store | None]:
         """The state of step 0, and the reservoir of a packed layout."""
         shardings = self.shardings(self.abstract())
         if self.packed:
-            return packing.begin(self.task, self.tx, self.init_key, shardings)
+            folder = workdir / packing.THETA if self.in_files else None
+            state, store = packing.begin(
+                self.task, self.tx, self.init_key, shardings, folder
+            )
+            return state, packing.keep(store, workdir)
         init = states.initial(self.task, self.tx)
         return jax.jit(init, out_shardings=shardings)(self.init_key), None
 
@@ -107,7 +116,22 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         cfg.sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed
     )
     packed = method is not None and cfg.sparse.get("layout", "masked") != "masked"
+    where = cfg.sparse.get("reservoir", "memory") if packed else "memory"
+    if where not in ("memory", "files"):
+        raise ValueError(f"sparse.reservoir={where!r} must be 'memory' or 'files'")
+    delay = cfg.sparse.get("refresh_delay", 0) if method else 0
     keys = jax.random.split(jax.random.key(cfg.seed))
     return Assembly(
-        mesh, cfg.sharding, task, rate, dense_tx, tx, method, packed, keys[0], keys[1]
+        mesh,
+        cfg.sharding,
+        task,
+        rate,
+        dense_tx,
+        tx,
+        method,
+        packed,
+        where == "files",
+        delay,
+        keys[0],
+        keys[1],
     )

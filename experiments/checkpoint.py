@@ -12,7 +12,6 @@ seal: the checksum of every file, written once the save is complete.
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -75,7 +74,6 @@ class Checkpoints:
         self._keep, self._warn = keep, warn
         self._manager: ocp.CheckpointManager | None = None
         self._unsealed: pathlib.Path | None = None
-        self._reservoir: pathlib.Path | None = None  # until its checkpoint is complete
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -112,9 +110,12 @@ class Checkpoints:
           state: may be donated as soon as this returns.
           data: JSON data, the state of the data iterator.
           meta: JSON data; `step` and the kinds of all arrays are added.
-          store: the reservoir of a packed layout; written before this returns.
+          store: the reservoir of a packed layout, of which only the number of its
+            records is saved: the rest is in its journal.
         """
         self.wait()
+        if store is not None and store.journal is not None:
+            store.journal.tidy(oldest=self.records())
         if step in self.steps():
             return
         if self._manager is None:
@@ -123,11 +124,9 @@ class Checkpoints:
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         if store is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._adopt()
-            self._reservoir = self.folder / f"{packing.RESERVOIR}-{step}"
-            store.save(self._reservoir)
             meta = {**meta, "packed": packing.described(state.opt_state)}
+            if store.journal is not None:
+                meta["records"] = store.journal.records
         masks = _named_masks(state.opt_state)
         trees = {**state._asdict(), "masks": masks}
         self._manager.save(
@@ -152,9 +151,6 @@ class Checkpoints:
         """Returns when the last save is complete on disk, and sealed."""
         if self._manager is not None and self._unsealed is not None:
             self._manager.wait_until_finished()
-            if self._reservoir is not None:
-                os.replace(self._reservoir, self._unsealed / packing.RESERVOIR)
-                self._reservoir = None
             seal.close(self._unsealed)
             self._unsealed = None
 
@@ -165,7 +161,11 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def restore(self, prepare: Callable[[dict[str, Any]], State]) -> Restored | None:
+    def restore(
+        self,
+        prepare: Callable[[dict[str, Any]], State],
+        reservoir: Callable[[int | None], tk.Store] | None = None,
+    ) -> Restored | None:
         """The newest checkpoint that can be read; None where there is none at all.
 
         Newer ones that cannot be read are moved to `workdir/damaged`, loudly.
@@ -173,6 +173,7 @@ class Checkpoints:
         Args:
           prepare: `meta -> ShapeDtypeStructs` with the shardings to restore to; it may
             raise where the checkpoint is not wanted.
+          reservoir: `records -> the store` of a packed layout at that time.
         Raises:
           ValueError: there are checkpoints, but none can be read, or the newest intact
             one holds other arrays than those asked for.
@@ -185,12 +186,11 @@ class Checkpoints:
             found = _read(path, **arrays, data=ocp.args.JsonRestore())
             state = State(**{name: found[name][0] for name in State._fields})
             store = None
-            if "packed" in meta:
-                store = tk.load_store(path / packing.RESERVOIR)
+            if "packed" in meta and reservoir is not None:
+                store = reservoir(meta.get("records"))
             return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()
-        self._adopt()
         return self._newest(targets, read, set_aside=True)
 
     def weights(self, prepare: Callable[[dict[str, Any]], PyTree]) -> Weights | None:
@@ -267,19 +267,14 @@ class Checkpoints:
             )
         return None
 
-    def _adopt(self) -> None:
-        """Puts reservoirs of a process that was killed where they belong.
-
-        It may have written both halves of a checkpoint and not put them together. What
-        belongs to no checkpoint was cut off in the middle, and goes.
-        """
-        for left in self.folder.glob(f"{packing.RESERVOIR}-*"):
-            step = self.folder / left.name.rpartition("-")[2]
-            if step.is_dir() and not (step / packing.RESERVOIR).exists():
-                os.replace(left, step / packing.RESERVOIR)
-                seal.close(step)
-            else:
-                shutil.rmtree(left)
+    def records(self) -> int:
+        """Records of the reservoir that the oldest checkpoint knows of; 0 without any."""
+        steps = self.steps()
+        if not steps:
+            return 0
+        path = self.folder / str(steps[0])
+        found: int = _read(path, meta=ocp.args.JsonRestore())["meta"].get("records", 0)
+        return found
 
     def _set_aside(self, step: int) -> pathlib.Path:
         folder = self.folder.parent / "damaged"

@@ -70,7 +70,7 @@ def sparse(
     Args:
       config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
         `axes`, `where`, `distribution`, `structure`, `groups`, `groups_along`,
-        `layout`, `drop_decay`, and `refresh` with
+        `layout`, `refresh_delay`, `drop_decay`, and `refresh` with
         `refresh_start` and `refresh_stop`; the rest are arguments of the method.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
@@ -94,6 +94,8 @@ def sparse(
         )
     factory = tk.METHODS[name]
     layout = arguments.pop("layout", "masked")
+    arguments.pop("reservoir", None)  # of the loop, see experiments/assembly.py
+    delay = arguments.pop("refresh_delay", 0)
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
     where = arguments.pop("where", "")
     arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
@@ -124,6 +126,7 @@ def sparse(
         reset=reset,
         axes=tk.axes(dict(axes)) if axes else None,
         learning_rate=rate,
+        refresh_delay=delay,
     )
     return tx, method
 

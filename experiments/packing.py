@@ -1,11 +1,13 @@
-"""The packed layouts in the training loop: their start, refresh, and files.
+"""The packed layouts in the training loop: their start, their bytes, their reservoir.
 
 In the masked layout masks change inside the update, and none of this is used.
 """
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +15,16 @@ import numpy as np
 import optax
 
 import topkast_jax as tk
-from experiments import state as states
 from experiments.state import State
 from experiments.tasks import Task
 
 PyTree = Any
-RESERVOIR = "reservoir"
+RESERVOIR, THETA = (
+    "reservoir",
+    "theta",
+)  # folders of a workdir: the journal, mapped files
+ONE_BY_ONE = 2**30
+"""Bytes of dense parameters from which they are made leaf by leaf: that compiles more."""
 
 
 def abstract(
@@ -34,12 +40,59 @@ def abstract(
 
 
 def begin(
-    task: Task, tx: optax.GradientTransformation, key: jax.Array, shardings: State
+    task: Task,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    shardings: State,
+    folder: pathlib.Path | None = None,
 ) -> tuple[State, tk.Store]:
-    """The state of step 0, and the reservoir."""
-    params, carry = jax.jit(task.init)(key)
-    theta, opt_state, store = tk.start(tx, params)
+    """The state of step 0, and the reservoir.
+
+    Args:
+      task: makes parameters and carry.
+      tx: the transformation.
+      key: of the parameters.
+      shardings: of the state.
+      folder: of files in which the reservoir lives; None: in memory.
+    """
+
+    def params() -> PyTree:
+        return task.init(key)[0]
+
+    size = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(params))
+    )
+    made = params if size > ONE_BY_ONE else jax.jit(params)()
+    theta, opt_state, store = tk.start(tx, made, reservoir=folder)
+    carry = jax.jit(lambda: task.init(key)[1])()
     return jax.device_put(State(theta, opt_state, carry), shardings), store
+
+
+def keep(store: tk.Store, workdir: pathlib.Path) -> tk.Store:
+    """A store whose refreshes are written down in a workdir; an empty one as it is."""
+    if not store.theta:
+        return store
+    journal = tk.Journal(workdir / RESERVOIR)
+    journal.begin(store)
+    return dataclasses.replace(store, journal=journal)
+
+
+def recall(workdir: pathlib.Path, in_files: bool, records: int | None) -> tk.Store:
+    """The reservoir of a checkpoint; what was written down after it is forgotten.
+
+    Args:
+      workdir: of the run.
+      in_files: whether theta is to live in files.
+      records: how many the checkpoint knows of; None: the method keeps no reservoir.
+    Raises:
+      ValueError: files that are missing or damaged, by name.
+    """
+    if records is None:
+        return tk.Store()
+    journal = tk.Journal(workdir / RESERVOIR)
+    store = journal.load(records, workdir / THETA if in_files else None)
+    journal.rewind(records)
+    return store
 
 
 class Needs(NamedTuple):
@@ -124,8 +177,8 @@ def undescribed(description: Mapping[str, Any]) -> dict[str, tk.Index]:
     found = {}
     for path, said in description.items():
         axes = tk.Axes(*(tuple(group) for group in said["axes"]))
-        name, block, scope, group = said["structure"]
-        structure = tk.Structure(name, tuple(block), scope, group)
+        name, block, *rest = said["structure"]
+        structure = tk.Structure(name, tuple(block), *rest)
         grid = tk.Grid(tuple(said["shape"]), axes, structure)
         first, units = said["units"]
         found[path] = tk.Index(struct((*grid.stack, units), np.int32), grid, first)
@@ -141,78 +194,3 @@ def _indices(opt_state: PyTree) -> dict[str, tk.Index]:
         for path, leaf in flat
         if isinstance(leaf, tk.Index)
     }
-
-
-class Refresh:
-    """Chooses masks anew between two steps, when the method's schedule says so.
-
-    The schedule counts updates. The loop counts steps, and learns late which of them
-    changed nothing for NaN; so where one is due, the count in the state is asked.
-
-    Args:
-      task: gives the loss, for methods that probe.
-      tx: the transformation.
-      method: of `tx`.
-      store: the reservoir; written in place.
-      state: that the loop goes on from.
-      step: steps made until then.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        tx: optax.GradientTransformation,
-        method: tk.Method,
-        store: tk.Store,
-        state: State,
-        step: int,
-    ) -> None:
-        self.tx, self.method, self.store = tx, method, store
-        self._loss = _loss(task)
-        self._behind = step - int(state.opt_state.sparse_step)
-
-    def before(self, state: State, step: int, *arguments: Any) -> PyTree:
-        """What the refresh after step `step` needs of its gradient; before it is made.
-
-        Args:
-          state: that the step will read.
-          step: its number.
-          *arguments: batch, key and step, as the step takes them.
-        """
-        if not (self.method.probe and tk.due(self.tx, step + 1 - self._behind)):
-            return None
-        return tk.probe(
-            self._loss, state.params, state.opt_state, state.carry, *arguments
-        )
-
-    def after(
-        self, state: State, step: int, found: PyTree
-    ) -> tuple[State, float] | None:
-        """The state for the coming step, and the churn; None where nothing is due.
-
-        Args:
-          state: that the last step left.
-          step: steps made.
-          found: from `before`.
-        """
-        if not tk.due(self.tx, step - self._behind):
-            return None
-        made = int(state.opt_state.sparse_step)
-        self._behind = step - made
-        if not tk.due(self.tx, made):
-            return None
-        before = tk.masks(state.opt_state)
-        trained = (state.params, state.opt_state)
-        theta, opt_state, _ = tk.refresh(self.tx, *trained, self.store, found)
-        churn = tk.metrics.churn(before, tk.masks(opt_state))
-        return State(theta, opt_state, state.carry), float(churn)
-
-
-def _loss(task: Task) -> Callable[..., Any]:
-    def loss(
-        theta: PyTree, opt_state: PyTree, carry: PyTree, batch: Any, key: Any, step: Any
-    ) -> Any:
-        weights = states.alpha(theta, opt_state, True, task.by_unit)
-        return task.loss(weights, carry, batch, jax.random.fold_in(key, step))[0]
-
-    return loss

@@ -42,6 +42,11 @@ class Position:
                 self.window.append(numbers)
 
 
+def later(due: Callable[[Any], Any], delay: int) -> Callable[[Any], Any]:
+    """The steps of a schedule, so many steps later."""
+    return lambda step: (step > delay) & due(step - delay)
+
+
 def never(step: int) -> bool:
     """When a method without a schedule changes its masks."""
     del step

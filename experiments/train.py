@@ -11,6 +11,7 @@ after Ctrl-C and SIGTERM.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Mapping
@@ -29,9 +30,18 @@ from experiments.assembly import assemble
 from experiments.checkpoint import Checkpoints
 from experiments.config import Watched, as_json, require, require_all_read
 from experiments.interrupt import Interrupts
-from experiments.packing import Refresh
-from experiments.position import Position, flops, layers, line, never, train_row, words
+from experiments.position import (
+    Position,
+    flops,
+    later,
+    layers,
+    line,
+    never,
+    train_row,
+    words,
+)
 from experiments.provenance import provenance, require_same_config
+from experiments.refresh import Refresh
 
 AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
             "dense_steps": 0}  # fmt: skip
@@ -95,7 +105,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
         require_all_read(cfg)
-        restored = checkpoints.restore(prepare)
+        recall = functools.partial(packing.recall, workdir, run.in_files)
+        restored = checkpoints.restore(prepare, recall)
         if run.packed:
             needed = packing.needs(abstract, method.reservoir)
             print(f"needs: {needed}")
@@ -108,7 +119,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         data.set_state(restored.data)
         print(f"going on from step {at.step}, the newest checkpoint in {workdir}")
     else:
-        (state, store), at = run.begin(), Position()
+        (state, store), at = run.begin(workdir), Position()
         data.set_state(data_start)
     if at.step == cfg.steps:
         plot.summary(workdir, cfg.name)
@@ -132,7 +143,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         step = run.compile(state, *arguments)
         refresh = None
         if store is not None:
-            refresh = Refresh(task, run.tx, method, store, state, at.step)
+            refresh = Refresh(task, run.tx, method, run.delay, store, state, at.step)
         out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
         if method and cfg.dense_steps and not log.last(workdir, "dense"):
             beside = compare.with_dense(
@@ -151,9 +162,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         passed_over: set[int] = set()  # batches, after a restore
         churn: dict[str, float] = {}  # of the last refresh
         skips, restores, seconds, timed = 0, 0, 0.0, 0
-        while at.step < cfg.steps and interrupts.signal is None:
+        owed = False  # a checkpoint
+        while at.step < cfg.steps and (interrupts.signal is None or _lands(refresh)):
             # To the next step after which there is something to do.
             pause = min(at.step - at.step % every + every for every in intervals)
+            if owed or interrupts.signal is not None:
+                pause = min(pause, _lands(refresh) or pause)
             pending: list[tuple[int, states.Measures]] = []  # (batch, what it gave)
             began = time.perf_counter()
             while at.step < min(pause, cfg.steps):
@@ -174,7 +188,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 pending.append((at.batches, measures))
                 if lockstep:
                     jax.block_until_ready(measures)
-                if interrupts.signal is not None:
+                if interrupts.signal is not None and not _lands(refresh):
                     break
             batches, measured = zip(*jax.device_get(pending), strict=True)  # waits
             seconds += time.perf_counter() - began
@@ -205,13 +219,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     # Of an update that broke the weights, all later steps are victims.
                     passed_over |= {batches[i] for i in (bad[:1] if applied else bad)}
                     restores += 1
-                    back = checkpoints.restore(prepare)
+                    back = checkpoints.restore(prepare, recall)
                     assert back is not None  # saved before the first step
                     state, at = back.state, Position(**back.meta["position"])
                     data.set_state(back.data)
                     if back.store is not None:
                         store = back.store
-                        refresh = Refresh(task, run.tx, method, store, state, at.step)
+                        refresh = Refresh(
+                            task, run.tx, method, run.delay, store, state, at.step
+                        )
                     out.rewind(at.step)
                     out.say(f"{problem}; back to step {at.step}, without the batch")
                     continue
@@ -224,7 +240,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             spent, dense = flops(state.params, masks, task.uses, probed)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
             if log_now:
-                row = train_row(at, masks, refreshed, run.rate)
+                row = train_row(at, masks, later(refreshed, run.delay), run.rate)
                 out.write("train", at.step, row | {"step_time": seconds / timed})
                 churn = {"churn": row["churn"]} if "churn" in row else churn
                 text = line(churn | row, SHOWN, seconds / timed, cfg.steps - at.step)
@@ -239,14 +255,20 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 metrics = evaluation(weights, "validation")
                 out.write("eval", at.step, metrics)
                 out.say(f"step {at.step}: held-out {words(metrics)}")
-            if save_now:
+            owed = owed or save_now
+            if owed and not _lands(refresh):
                 save()
-                restores = 0
+                owed, restores = False, 0
         save()
     picture = plot.summary(workdir, cfg.name)
     print(f"{workdir}: {log.ROWS}, tensorboard/, checkpoints/, {picture.name}")
     left = interrupts.signal if at.step < cfg.steps else None
     return Outcome(state, at.step, metrics, left)
+
+
+def _lands(refresh: Refresh | None) -> int | None:
+    """Until which step nothing may be saved: masks are chosen and not in force."""
+    return refresh.lands if refresh else None
 
 
 def _shapes(state: states.State) -> list[tuple[int, ...]]:

@@ -295,7 +295,7 @@ _INITIAL = 2**32 - 2
 
 
 def host_leaf(
-    site: Site, seed: Array, step: int, units: np.ndarray | None, dtype: Any
+    site: Site, seed: Any, step: int, units: np.ndarray | None, dtype: Any
 ) -> HostLeaf:
     """A leaf over all of theta, [slices, units, *unit], or without any entries."""
     rows = site.grid.whole[0] * site.grid.selections

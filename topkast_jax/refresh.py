@@ -166,6 +166,7 @@ class _Job:
       state: of `tk.sparse`.
       flat, treedef: the parameters.
       memory: of the method, by parameter.
+      seed: of the random draws.
       step: updates made.
       sites: by parameter, for those that are sparse.
       numbers: [slices, n_B] units of B.
@@ -182,7 +183,10 @@ class _Job:
         self.state: SparseState = states[0]
         self.flat, self.treedef = _trees.parameters(theta)
         indices = self.treedef.flatten_up_to(self.state.sparse_masks.forward)
-        self.memory = self.treedef.flatten_up_to(self.state.sparse_memory)
+        # Copies: the next update may be given the arrays themselves.
+        memory = jax.tree.map(np.array, self.state.sparse_memory)
+        self.memory = self.treedef.flatten_up_to(memory)
+        self.seed = np.array(self.state.sparse_seed)
         self.found = [None] * len(self.flat)
         if found is not None:
             self.found = self.treedef.flatten_up_to(found)
@@ -203,7 +207,7 @@ class _Job:
                     f"{path!r} holds NaN or Inf at step {self.step}; masks chosen from "
                     "it would mean nothing"
                 )
-            self.values[i] = value
+            self.values[i] = np.array(value)  # on CPU it may be the device's own
 
     def units(self, site: Site, store: Store) -> np.ndarray:
         """The reservoir of a parameter, [slices, units, *unit]."""
@@ -226,8 +230,7 @@ class _Job:
         for i, site in self.sites.items():
             if recipe.method.reservoir:
                 units = self.units(site, store)
-                seed, dtype = self.state.sparse_seed, units.dtype
-                leaf = host_leaf(site, seed, self.step, units, dtype)
+                leaf = host_leaf(site, self.seed, self.step, units, units.dtype)
             else:
                 leaf = self._listed(i)
             masks, memory = recipe.method.refresh(leaf, self.memory[i], self.step)
@@ -261,7 +264,7 @@ class _Job:
             grid=site.grid,
             counts=site.counts,
             path=site.path,
-            key=_trees.leaf_key(self.state.sparse_seed, site.path, self.step),
+            key=_trees.leaf_key(self.seed, site.path, self.step),
             places=places,
             value=flat,
             grad=grad,
