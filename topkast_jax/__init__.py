@@ -6,6 +6,7 @@ from typing import Any
 from topkast_jax import metrics, ops
 from topkast_jax._trees import axes, kernels, masks
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
+from topkast_jax.convert import convert
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
@@ -78,6 +79,7 @@ __all__ = [
     "by_path",
     "check",
     "choose",
+    "convert",
     "cosine",
     "cubic",
     "dense_masks",

@@ -29,7 +29,7 @@ def loss(theta: Any, opt_state: Any, step: Any) -> jax.Array:
 
     So layouts agree to the last bit, whatever XLA fuses, and many gradients tie.
     """
-    alpha = tk.sparsify(theta, tk.masks(opt_state))
+    alpha = tk.sparsify(theta, tk.masks(opt_state), expanded=True)
     kernel = alpha["one"]["kernel"]
     count = jnp.arange(kernel.size).reshape(kernel.shape)
     wave = ((37 * count + 11 * step) % 128 - 64) / 64.0
