@@ -1,7 +1,7 @@
 """What a config stands for, before there is any array: task, transformation, shapes."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import topkast_jax as tk
 from experiments import mesh as meshes
 from experiments import optimizer, packing, routes, tasks
 from experiments import state as states
+from experiments.checkpoint import Restored
 from experiments.config import Watched
 from experiments.state import State
 
@@ -27,6 +28,8 @@ class Assembly(NamedTuple):
       dense_tx: the optimizer alone.
       tx: the transformation that trains.
       method: of `tx`; None for a dense network.
+      layout: of `tx`, "masked" for a dense network.
+      other: layout -> the transformation that differs in its layout alone.
       packed: whether `tx` holds B alone, and is refreshed between steps.
       in_files: whether the reservoir of a packed layout lives in files of the workdir.
       delay: updates from the choice of masks to their coming into force.
@@ -41,6 +44,8 @@ class Assembly(NamedTuple):
     dense_tx: optax.GradientTransformation
     tx: optax.GradientTransformation
     method: tk.Method | None
+    layout: str
+    other: Callable[[str], optax.GradientTransformation]
     packed: bool
     in_files: bool
     delay: int
@@ -87,6 +92,27 @@ class Assembly(NamedTuple):
         init = states.initial(self.task, self.tx)
         return jax.jit(init, out_shardings=shardings)(self.init_key), None
 
+    def saved(self, meta: Mapping[str, Any]) -> State:
+        """ShapeDtypeStructs of the state in a checkpoint, in the layout that it has."""
+        layout = layout_of(meta)
+        of_layout = self._replace(
+            tx=self.other(layout), layout=layout, packed=layout != "masked"
+        )
+        return of_layout.abstract(meta.get("packed"))
+
+    def adopt(self, found: Restored, workdir: pathlib.Path) -> Restored:
+        """What was restored, in the layout of this run."""
+        if layout_of(found.meta) == self.layout:
+            return found
+        folder = workdir / packing.THETA if self.in_files else None
+        params, opt_state, store = tk.convert(
+            self.tx, found.state.params, found.state.opt_state, found.store, folder
+        )
+        state = State(params, opt_state, found.state.carry)
+        state = jax.device_put(state, self.shardings(jax.eval_shape(lambda: state)))
+        kept = packing.keep(store, workdir) if self.packed else None
+        return found._replace(state=state, store=kept)
+
     def compile(self, state: State, *arguments: Any) -> jax.stages.Compiled:
         """The training step, for these arrays (or shapes) and no others."""
         shardings = self.shardings(state)
@@ -97,6 +123,12 @@ class Assembly(NamedTuple):
             shardings=shardings if self.packed and self.mesh.size > 1 else None,
         )
         return states.compile_step(run, shardings, state, *arguments)
+
+
+def layout_of(meta: Mapping[str, Any]) -> str:
+    """The layout of a checkpoint."""
+    layout: str = meta["config"].get("sparse", {}).get("layout", "masked")
+    return layout
 
 
 def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
@@ -112,10 +144,18 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
     task = tasks.make(cfg)
     rate = optimizer.learning_rate(cfg.learning_rate, cfg.steps)
     dense_tx = optimizer.inner(cfg.optimizer, rate)
-    tx, method = optimizer.sparse(
-        cfg.sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed
-    )
-    packed = method is not None and cfg.sparse.get("layout", "masked") != "masked"
+
+    def transformed(sparse: Mapping[str, Any]) -> Any:
+        return optimizer.sparse(sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed)
+
+    def other(layout: str) -> optax.GradientTransformation:
+        changed = {} if method is None else {"layout": layout}
+        found: optax.GradientTransformation = transformed({**cfg.sparse, **changed})[0]
+        return found
+
+    tx, method = transformed(cfg.sparse)
+    layout = cfg.sparse.get("layout", "masked") if method else "masked"
+    packed = layout != "masked"
     where = cfg.sparse.get("reservoir", "memory") if packed else "memory"
     if where not in ("memory", "files"):
         raise ValueError(f"sparse.reservoir={where!r} must be 'memory' or 'files'")
@@ -129,6 +169,8 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         dense_tx,
         tx,
         method,
+        layout,
+        other,
         packed,
         where == "files",
         delay,

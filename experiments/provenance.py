@@ -39,6 +39,9 @@ MAY_CHANGE = frozenset(
     ]
 )
 
+LAYOUT = frozenset(["sparse.layout", "sparse.reservoir"])
+"""Where the state lives: a checkpoint moves from one layout to another."""
+
 
 def provenance(config: Config) -> dict[str, Any]:
     """Config, versions, hardware and, where there is one, the commit: JSON data."""
@@ -64,12 +67,13 @@ def require_same_config(
       saved: config of the checkpoint, as JSON data.
       given: config of this run, as JSON data.
     Returns:
-      A line for every key of `MAY_CHANGE` that differs.
+      A line for every key of `MAY_CHANGE` and `LAYOUT` that differs.
     """
     changed: list[str] = []
     harmless: list[str] = []
     for path, (before, now) in differences(saved, given).items():
-        lines = harmless if path.split(".")[0] in MAY_CHANGE else changed
+        may = path.split(".")[0] in MAY_CHANGE or path in LAYOUT
+        lines = harmless if may else changed
         lines.append(f"{path} was {before!r}, is {now!r}")
     if changed:
         raise ValueError(

@@ -101,12 +101,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         def prepare(meta: Mapping[str, Any]) -> states.State:
             for change in require_same_config(workdir, meta["config"], as_json(config)):
                 print(f"since the checkpoint: {change}")
-            return run.abstract(meta.get("packed"))
+            return run.saved(meta)
 
         print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
         require_all_read(cfg)
         recall = functools.partial(packing.recall, workdir, run.in_files)
         restored = checkpoints.restore(prepare, recall)
+        if restored is not None:
+            restored = run.adopt(restored, workdir)
         if run.packed:
             needed = packing.needs(abstract, method.reservoir)
             print(f"needs: {needed}")
@@ -221,6 +223,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     restores += 1
                     back = checkpoints.restore(prepare, recall)
                     assert back is not None  # saved before the first step
+                    back = run.adopt(back, workdir)
                     state, at = back.state, Position(**back.meta["position"])
                     data.set_state(back.data)
                     if back.store is not None:

@@ -69,7 +69,9 @@ def assert_equal(one: Run, two: Run) -> None:
     masks = [tk.dense_masks(run.state) for run in (one, two)]
     jax.tree.map(np.testing.assert_array_equal, masks[0][:2], masks[1][:2])
     weights = [tk.export(run.params, run.state) for run in (one, two)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *weights)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *weights
+    )
     assert int(one.state.sparse_step) == int(two.state.sparse_step)
 
 
