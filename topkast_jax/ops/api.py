@@ -14,11 +14,14 @@ from topkast_jax.ops.product import Product
 IMPLEMENTATIONS: dict[str, Product] = {
     "expanded": reference.expanded,
     "columns": xla.by_columns,
+    "columns_rows_first": xla.by_columns_rows_first,
     "blocks": xla.by_blocks,
+    "blocks_rows_first": xla.by_blocks_rows_first,
     "batch": xla.by_batch,
 }
-"""By name: the reference; a loop over columns of blocks (fan_in); over blocks; all
-blocks in one batched product."""
+"""By name: the reference; a loop over columns of blocks (fan_in), for activations
+[features, rows] or [rows, features]; over blocks, for both; all blocks in one batched
+product. Each takes both, what it is not for with a transposition."""
 
 WORTHWHILE = 1024
 """Entries of a block from which a product of its own pays on CPU (32 x 32)."""
@@ -41,8 +44,8 @@ def sparse_matmul(
       x: activations [..., inputs]; or [inputs, rows], see `features_first`.
       matrix: of one slice; its window and inputs are contracted, flattened in C order.
       implementation: a name of `IMPLEMENTATIONS`; None chooses by structure and shape.
-      features_first: computes W^T x for x [inputs, rows]. Blocks are multiplied in this
-        form; a network that keeps its activations so saves two transpositions a layer.
+      features_first: computes W^T x for x [inputs, rows]: the cheaper form for blocks
+        of few rows or outputs.
     Returns:
       [..., outputs], or [outputs, rows]; outputs are flattened in C order.
     Raises:
@@ -50,7 +53,9 @@ def sparse_matmul(
       ValueError: an unknown name, shapes that do not fit, or a stack of matrices.
     """
     x = jnp.asarray(x)
-    name = choose(matrix.index) if implementation is None else implementation
+    name = implementation
+    if name is None:
+        name = choose(matrix.index, features_first)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
@@ -67,13 +72,14 @@ def sparse_matmul(
         raise ValueError(
             f"x of shape {x.shape} does not fit a matrix of {inputs} inputs"
         )
-    if features_first:
-        return _matmul(name, x, values, matrix.index)
-    y = _matmul(name, x.reshape(-1, inputs).T, values, matrix.index)
-    return y.T.reshape(*x.shape[:-1], outputs)
+    flat = x if features_first else x.reshape(-1, inputs)
+    flip = features_first == IMPLEMENTATIONS[name].rows_first
+    y = _matmul(name, flat.T if flip else flat, values, matrix.index)
+    y = y.T if flip else y
+    return y if features_first else y.reshape(*x.shape[:-1], outputs)
 
 
-def choose(index: Index) -> str:
+def choose(index: Index, features_first: bool = False) -> str:
     """Name of the implementation that `sparse_matmul` takes by itself.
 
     By structure and the size of blocks; on CPU, where this was measured, batches lose
@@ -85,10 +91,14 @@ def choose(index: Index) -> str:
     high, wide = grid.structure.block
     if grid.structure.scope == "column":
         inputs = high * index.k_forward // grid.selections
-        return "columns" if inputs * wide >= WORTHWHILE else "expanded"
+        if inputs * wide < WORTHWHILE:
+            return "expanded"
+        return "columns" if features_first else "columns_rows_first"
     if high * wide < WORTHWHILE:
         return "expanded"
-    return "blocks" if jax.default_backend() == "cpu" else "batch"
+    if jax.default_backend() != "cpu":
+        return "batch"
+    return "blocks" if features_first else "blocks_rows_first"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
