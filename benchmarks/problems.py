@@ -73,6 +73,43 @@ def mlp(widths: Sequence[int], rows: int) -> Problem:
     return Problem(title, [layer(*shape) for shape in shapes], (), loss, {}, uses)
 
 
+def stack(layers: int, width: int, inner: int, rows: int, *, scanned: bool) -> Problem:
+    """Equal residual layers of two products each, every one recomputed backward.
+
+    Scanned, the kernels of all layers are one parameter [layers, inputs, outputs], and
+    one layer at a time is at work; else they are called one after another.
+    """
+    data, first, second = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(data, (width, rows))
+    up = jax.random.normal(first, (layers, width, inner)) / width**0.5
+    down = jax.random.normal(second, (layers, inner, width)) / inner**0.5
+
+    @jax.checkpoint
+    def layer(z: jax.Array, weights: PyTree) -> tuple[jax.Array, None]:
+        inside = jax.nn.relu(product(weights["up"]["kernel"], z))
+        return z + product(weights["down"]["kernel"], inside), None
+
+    def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
+        z = x
+        if scanned:
+            z, _ = jax.lax.scan(layer, z, alpha)
+        else:
+            for weights in alpha:
+                z, _ = layer(z, weights)
+        return jnp.mean(z**2), carry
+
+    params: PyTree = {"up": {"kernel": up}, "down": {"kernel": down}}
+    uses = dict.fromkeys(("up/kernel", "down/kernel"), rows)
+    axes = {"*kernel": "s i o"}
+    if not scanned:
+        params = [jax.tree.map(lambda leaf: leaf[i], params) for i in range(layers)]
+        uses = {f"{i}/{name}": n for i in range(layers) for name, n in uses.items()}
+        axes = {}
+    way = "scanned" if scanned else "unrolled"
+    title = f"{layers} layers of {width}-{inner}-{width}, {way}, batch {rows}"
+    return Problem(title, params, (), loss, axes, uses)
+
+
 def transformer(
     layers: int, width: int, rows: int, segment: int, heads: int = 2
 ) -> Problem:
@@ -132,6 +169,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tiny": lambda: mlp((256, 512), rows=8),
     "mlp-4096": lambda: mlp((1024, 4096, 1024), rows=512),
     "mlp-8192": lambda: mlp((2048, 8192, 2048), rows=512),
+    "unrolled": lambda: stack(4, 1024, 4096, rows=256, scanned=False),
+    "scanned": lambda: stack(4, 1024, 4096, rows=256, scanned=True),
     "transformer-small": lambda: transformer(layers=4, width=128, rows=16, segment=64),
     "transformer": lambda: transformer(layers=4, width=256, rows=16, segment=128),
     "transformer-xl-128": lambda: transformer(12, 512, rows=8, segment=128, heads=8),

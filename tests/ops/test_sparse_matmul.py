@@ -58,8 +58,10 @@ def matrix(structure: tk.Structure, axes: str = "i o", seed: int = 0) -> Any:
     [
         *(("expanded", s) for s in STRUCTURES),
         *(("blocks", s) for s in BLOCKED),
+        *(("blocks_rows_first", s) for s in BLOCKED),
         *(("batch", s) for s in BLOCKED),
         ("columns", "fan_in_blocks"),
+        ("columns_rows_first", "fan_in_blocks"),
     ],
 )
 def test_products_and_gradients(name, structure, axes):
@@ -87,7 +89,9 @@ def _all_forward(index: tk.Index) -> tk.Index:
     return tk.Index(index.index, index.grid, index.index.shape[-1])
 
 
-@pytest.mark.parametrize("name", ["blocks", "batch", "columns"])
+@pytest.mark.parametrize(
+    "name", ["blocks", "blocks_rows_first", "batch", "columns", "columns_rows_first"]
+)
 @pytest.mark.parametrize("structure", ["entries", "fan_in", "n_of_m"])
 def test_single_entries_are_declined(name, structure):
     found, *_ = matrix(STRUCTURES[structure])

@@ -16,6 +16,15 @@ from topkast_jax.layouts.packed import Index
 from topkast_jax.ops.product import Product
 
 
+WRITTEN_OUT = 16
+"""Turns up to which a loop is written out: XLA copies what a loop carries."""
+
+
+def _loop(turn: Any, carry: Any, operands: Any) -> Any:
+    turns = len(jax.tree.leaves(operands)[0])
+    return lax.scan(turn, carry, operands, unroll=turns <= WRITTEN_OUT)
+
+
 def _sides(index: Index) -> tuple[int, int, int, int]:
     """(rows of blocks, inputs of a block, columns of blocks, outputs of a block)."""
     grid = index.here
@@ -92,7 +101,7 @@ def _columns_forward(x: Array, values: Array, index: Index) -> Array:
         seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
         return None, _dot(block, seen.reshape(n * high, -1), (0, 0))
 
-    _, y = lax.scan(column, None, (blocks, rows))
+    _, y = _loop(column, None, (blocks, rows))
     return _joined(y, x.dtype)
 
 
@@ -109,7 +118,7 @@ def _columns_input_gradient(dy: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((r, high, dy.shape[-1]), jnp.float32)
     operands = (blocks, rows, _parts(dy, c, wide))
-    return _joined(lax.scan(column, zero, operands)[0], dy.dtype)
+    return _joined(_loop(column, zero, operands)[0], dy.dtype)
 
 
 def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
@@ -124,7 +133,7 @@ def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         part = _dot(seen.reshape(n * high, -1), g, (1, 1))
         return None, part.astype(x.dtype).reshape(n, high, wide)
 
-    _, found = lax.scan(column, None, (rows, _parts(dy, c, wide)))
+    _, found = _loop(column, None, (rows, _parts(dy, c, wide)))
     return _by_part(found, first.shape[1])
 
 
@@ -154,7 +163,7 @@ def _columns_forward_rows(x: Array, values: Array, index: Index) -> Array:
         seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
         return None, _dot(seen.reshape(n * high, -1), block, (0, 0))
 
-    _, y = lax.scan(column, None, (blocks, rows))
+    _, y = _loop(column, None, (blocks, rows))
     return _flat(y, x.dtype)
 
 
@@ -171,7 +180,7 @@ def _columns_input_gradient_rows(dy: Array, values: Array, index: Index) -> Arra
 
     zero = jnp.zeros((r, high, len(dy)), jnp.float32)
     operands = (blocks, rows, _panels(dy, c))
-    dx, _ = lax.scan(column, zero, operands)
+    dx, _ = _loop(column, zero, operands)
     return _transposed(_joined(dx, dy.dtype))
 
 
@@ -187,7 +196,7 @@ def _columns_weight_gradient_rows(x: Array, dy: Array, index: Index) -> Array:
         part = _dot(seen.reshape(n * high, -1), g, (1, 0))
         return None, part.astype(x.dtype).reshape(n, high, wide)
 
-    _, found = lax.scan(column, None, (rows, _panels(dy, c)))
+    _, found = _loop(column, None, (rows, _panels(dy, c)))
     return _by_part(found, first.shape[1])
 
 
@@ -213,7 +222,7 @@ def _list_forward(x: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((c, wide, x.shape[-1]), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _joined(lax.scan(block, zero, operands)[0], x.dtype)
+    return _joined(_loop(block, zero, operands)[0], x.dtype)
 
 
 def _list_input_gradient(dy: Array, values: Array, index: Index) -> Array:
@@ -227,7 +236,7 @@ def _list_input_gradient(dy: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((r, high, dy.shape[-1]), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _joined(lax.scan(block, zero, operands)[0], dy.dtype)
+    return _joined(_loop(block, zero, operands)[0], dy.dtype)
 
 
 def _list_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
@@ -239,7 +248,7 @@ def _list_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         found = _dot(source[row], cotangent[column], (1, 1))
         return None, found.astype(x.dtype)
 
-    return lax.scan(block, None, (index.index // c, index.index % c))[1]
+    return _loop(block, None, (index.index // c, index.index % c))[1]
 
 
 by_blocks = Product(_list_forward, _list_input_gradient, _list_weight_gradient)
@@ -259,7 +268,7 @@ def _list_forward_rows(x: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((c, len(x), wide), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _flat(lax.scan(block, zero, operands)[0], x.dtype)
+    return _flat(_loop(block, zero, operands)[0], x.dtype)
 
 
 def _list_input_gradient_rows(dy: Array, values: Array, index: Index) -> Array:
@@ -273,7 +282,7 @@ def _list_input_gradient_rows(dy: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((r, len(dy), high), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _flat(lax.scan(block, zero, operands)[0], dy.dtype)
+    return _flat(_loop(block, zero, operands)[0], dy.dtype)
 
 
 def _list_weight_gradient_rows(x: Array, dy: Array, index: Index) -> Array:
@@ -285,7 +294,7 @@ def _list_weight_gradient_rows(x: Array, dy: Array, index: Index) -> Array:
         found = _dot(source[row], cotangent[column], (0, 0))
         return None, found.astype(x.dtype)
 
-    return lax.scan(block, None, (index.index // c, index.index % c))[1]
+    return _loop(block, None, (index.index // c, index.index % c))[1]
 
 
 by_blocks_rows_first = Product(
