@@ -84,7 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in PROBLEMS:
             parser.error(f"--sizes: {name!r} is not one of {', '.join(PROBLEMS)}")
     rows = [measure(name, PROBLEMS[name]()) for name in sizes]
-    header = ["bytes / dense step", "packed step", "probe, one at a time", "all at once"]
+    header = [
+        "bytes / dense step",
+        "packed step",
+        "probe, one at a time",
+        "all at once",
+    ]
     print(f"RigL, 90 %, Adam\n\n{timing.table(header, rows)}\n\n{timing.hardware()}")
 
 

@@ -102,7 +102,10 @@ def stack(layers: int, width: int, inner: int, rows: int, *, scanned: bool) -> P
     uses = dict.fromkeys(("up/kernel", "down/kernel"), rows)
     axes = {"*kernel": "s i o"}
     if not scanned:
-        params = [jax.tree.map(lambda leaf: leaf[i], params) for i in range(layers)]
+        params = [
+            {"up": {"kernel": one}, "down": {"kernel": other}}
+            for one, other in zip(up, down, strict=True)
+        ]
         uses = {f"{i}/{name}": n for i in range(layers) for name, n in uses.items()}
         axes = {}
     way = "scanned" if scanned else "unrolled"

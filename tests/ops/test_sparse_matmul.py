@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import topkast_jax as tk
+from topkast_jax.ops import xla
 from topkast_jax.ops.api import choose
 
 INPUTS, OUTPUTS = 32, 48
@@ -110,6 +111,22 @@ def test_features_first():
     x = np.random.default_rng(0).normal(size=(INPUTS, 7)).astype(np.float32)
     y = tk.ops.sparse_matmul(x, found, "blocks", features_first=True)
     np.testing.assert_allclose(y, alpha.T @ x, atol=2e-5)
+
+
+@pytest.mark.parametrize("turns", [0, 16])
+@pytest.mark.parametrize("name", ["blocks", "blocks_rows_first"])
+def test_loops_written_out_or_not(name, turns, monkeypatch):
+    monkeypatch.setattr(xla, "WRITTEN_OUT", turns)
+    found, alpha, _ = matrix(STRUCTURES["blocks"])
+    x = np.random.default_rng(0).normal(size=(7, INPUTS)).astype(np.float32)
+    y = tk.ops.sparse_matmul(x, found, name)
+    np.testing.assert_allclose(y, x @ alpha, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(128, 70), (192, 3), (64, 8), (100, 8)])
+def test_transposition_by_tiles(shape):
+    x = jnp.arange(shape[0] * shape[1]).reshape(shape)
+    np.testing.assert_array_equal(xla._transposed(x), x.T)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from jaxtyping import Array
 from topkast_jax.layouts.packed import Index
 from topkast_jax.ops.product import Product
 
-
 WRITTEN_OUT = 16
 """Turns up to which a loop is written out: XLA copies what a loop carries."""
 
