@@ -111,7 +111,7 @@ def test_blocks_worth_a_product_of_their_own():
     x = jax.random.normal(KEY, (4, 64))
     for structure, expected in (
         (tk.blocks(32, 32), "blocks_rows_first"),
-        (tk.fan_in(1, 64), "columns_rows_first"),
+        (tk.fan_in(1, 64), "columns"),
         (tk.fan_in(), "expanded"),
         (tk.unstructured, "expanded"),
     ):

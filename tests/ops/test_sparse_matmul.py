@@ -62,7 +62,6 @@ def matrix(structure: tk.Structure, axes: str = "i o", seed: int = 0) -> Any:
         *(("blocks_rows_first", s) for s in BLOCKED),
         *(("batch", s) for s in BLOCKED),
         ("columns", "fan_in_blocks"),
-        ("columns_rows_first", "fan_in_blocks"),
     ],
 )
 def test_products_and_gradients(name, structure, axes):
@@ -90,9 +89,7 @@ def _all_forward(index: tk.Index) -> tk.Index:
     return tk.Index(index.index, index.grid, index.index.shape[-1])
 
 
-@pytest.mark.parametrize(
-    "name", ["blocks", "blocks_rows_first", "batch", "columns", "columns_rows_first"]
-)
+@pytest.mark.parametrize("name", ["blocks", "blocks_rows_first", "batch", "columns"])
 @pytest.mark.parametrize("structure", ["entries", "fan_in", "n_of_m"])
 def test_single_entries_are_declined(name, structure):
     found, *_ = matrix(STRUCTURES[structure])
@@ -121,12 +118,6 @@ def test_loops_written_out_or_not(name, turns, monkeypatch):
     x = np.random.default_rng(0).normal(size=(7, INPUTS)).astype(np.float32)
     y = tk.ops.sparse_matmul(x, found, name)
     np.testing.assert_allclose(y, x @ alpha, atol=2e-5)
-
-
-@pytest.mark.parametrize("shape", [(128, 70), (192, 3), (64, 8), (100, 8)])
-def test_transposition_by_tiles(shape):
-    x = jnp.arange(shape[0] * shape[1]).reshape(shape)
-    np.testing.assert_array_equal(xla._transposed(x), x.T)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ from topkast_jax.ops.product import Product
 IMPLEMENTATIONS: dict[str, Product] = {
     "expanded": reference.expanded,
     "columns": xla.by_columns,
-    "columns_rows_first": xla.by_columns_rows_first,
     "blocks": xla.by_blocks,
     "blocks_rows_first": xla.by_blocks_rows_first,
     "batch": xla.by_batch,
 }
-"""By name: the reference; a loop over columns of blocks (fan_in), for activations
-[features, rows] or [rows, features]; over blocks, for both; all blocks in one batched
-product. Each takes both, what it is not for with a transposition."""
+"""By name: the reference; a loop over columns of blocks (fan_in); over blocks, for
+activations [features, rows] or [rows, features]; all blocks in one batched product."""
 
 WORTHWHILE = 1024
 """Entries of a block from which a product of its own pays on CPU (32 x 32)."""
@@ -44,8 +42,8 @@ def sparse_matmul(
       x: activations [..., inputs]; or [inputs, rows], see `features_first`.
       matrix: of one slice; its window and inputs are contracted, flattened in C order.
       implementation: a name of `IMPLEMENTATIONS`; None chooses by structure and shape.
-      features_first: computes W^T x for x [inputs, rows]: the cheaper form for blocks
-        of few rows or outputs.
+      features_first: computes W^T x for x [inputs, rows]: the cheaper form for fan-in
+        and for small blocks.
     Returns:
       [..., outputs], or [outputs, rows]; outputs are flattened in C order.
     Raises:
@@ -91,9 +89,7 @@ def choose(index: Index, features_first: bool = False) -> str:
     high, wide = grid.structure.block
     if grid.structure.scope == "column":
         inputs = high * index.k_forward // grid.selections
-        if inputs * wide < WORTHWHILE:
-            return "expanded"
-        return "columns" if features_first else "columns_rows_first"
+        return "columns" if inputs * wide >= WORTHWHILE else "expanded"
     if high * wide < WORTHWHILE:
         return "expanded"
     if jax.default_backend() != "cpu":

@@ -1,8 +1,8 @@
 """Sparse products as loops over blocks, in plain XLA.
 
-All add in float32. On CPU a transposition between two of them is what costs: XLA fuses
-it into its neighbour, whose accesses then miss every cache. So each loop is there for
-[features, n] and, `*_rows_first`, for [n, features].
+All add in float32. On CPU a transposition around a product can cost more than the product:
+XLA fuses it into its neighbour, whose accesses then miss every cache. So the loop over
+blocks is there for [features, n] and, `*_rows_first`, for [n, features].
 """
 
 from typing import Any
@@ -54,21 +54,6 @@ def _panels(x: Array, parts: int) -> Array:
 def _flat(panels: Array, dtype: Any) -> Array:
     """Inverse of `_panels`."""
     return panels.swapaxes(0, 1).reshape(panels.shape[1], -1).astype(dtype)
-
-
-def _transposed(x: Array, tile: int = 64) -> Array:
-    """x.T, by tiles that fit a cache where they divide it: a tenth of the time on CPU."""
-    n = len(x) // tile
-    if len(x) % tile or n < 2 or jax.default_backend() != "cpu":
-        return x.T
-
-    def step(y: Array, operands: Any) -> tuple[Array, None]:
-        part, i = operands
-        return lax.dynamic_update_index_in_dim(y, part.T, i, 1), None
-
-    empty = jnp.zeros((x.shape[1], n, tile), x.dtype)
-    parts = (x.reshape(n, tile, -1), jnp.arange(n))
-    return lax.scan(step, empty, parts)[0].reshape(x.shape[::-1])
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
@@ -133,77 +118,13 @@ def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         return None, part.astype(x.dtype).reshape(n, high, wide)
 
     _, found = _loop(column, None, (rows, _parts(dy, c, wide)))
-    return _by_part(found, first.shape[1])
-
-
-def _by_part(found: Array, split: int) -> Array:
-    """[columns, blocks of A and of the rest of B, ...] as a list, A first."""
+    split = first.shape[1]
     parts = (found[:, :split], found[:, split:])
-    return jnp.concatenate([part.reshape(-1, *found.shape[2:]) for part in parts])
+    return jnp.concatenate([part.reshape(-1, high, wide) for part in parts])
 
 
 by_columns = Product(
     _columns_forward, _columns_input_gradient, _columns_weight_gradient
-)
-
-
-# The same for [n, features]. Inputs are gathered feature by feature, so they are
-# transposed, by tiles; outputs are not.
-
-
-def _columns_forward_rows(x: Array, values: Array, index: Index) -> Array:
-    r, high, c, wide, rows, _ = _columns(index)
-    n = rows.shape[1]
-    blocks = values[: index.k_forward].reshape(c, n * high, wide)
-    source = _parts(_transposed(x), r, high)
-
-    def column(_: None, operands: Any) -> tuple[None, Array]:
-        block, at = operands
-        seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
-        return None, _dot(seen.reshape(n * high, -1), block, (0, 0))
-
-    _, y = _loop(column, None, (blocks, rows))
-    return _flat(y, x.dtype)
-
-
-def _columns_input_gradient_rows(dy: Array, values: Array, index: Index) -> Array:
-    r, high, c, wide, rows, _ = _columns(index)
-    n = rows.shape[1]
-    blocks = values[: index.k_forward].reshape(c, n * high, wide)
-
-    def column(dx: Array, operands: Any) -> tuple[Array, None]:
-        block, at, g = operands
-        part = _dot(block, g, (1, 1)).reshape(n, high, -1)
-        options: Any = dict(unique_indices=True, mode="promise_in_bounds")
-        return dx.at[at].add(part, **options), None
-
-    zero = jnp.zeros((r, high, len(dy)), jnp.float32)
-    operands = (blocks, rows, _panels(dy, c))
-    dx, _ = _loop(column, zero, operands)
-    return _transposed(_joined(dx, dy.dtype))
-
-
-def _columns_weight_gradient_rows(x: Array, dy: Array, index: Index) -> Array:
-    r, high, c, wide, first, rest = _columns(index)
-    rows = jnp.concatenate([first, rest], axis=1)
-    n = rows.shape[1]
-    source = _parts(_transposed(x), r, high)
-
-    def column(_: None, operands: Any) -> tuple[None, Array]:
-        at, g = operands
-        seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
-        part = _dot(seen.reshape(n * high, -1), g, (1, 0))
-        return None, part.astype(x.dtype).reshape(n, high, wide)
-
-    _, found = _loop(column, None, (rows, _panels(dy, c)))
-    return _by_part(found, first.shape[1])
-
-
-by_columns_rows_first = Product(
-    _columns_forward_rows,
-    _columns_input_gradient_rows,
-    _columns_weight_gradient_rows,
-    rows_first=True,
 )
 
 
