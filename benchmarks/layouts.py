@@ -15,6 +15,9 @@ given forward/backward sparsities. Columns, all but the first ratios to dense:
     + scratch those and what XLA plans beside them (arguments + temporaries + outputs
               - aliases)
     host      bytes of the reservoir in host memory, against the dense parameters
+
+The row "floor" is the same dense step without its projections: no kernels, no products
+with them, each layer's input repeated or cut to the shape of its output.
 """
 
 import argparse
@@ -145,6 +148,8 @@ def report(
     """Measures a problem at one pair of sparsities; its title line and table."""
     dense = Training(problem, None, sparsities)
     trainings: dict[str, Training] = {"dense": dense, "dense, again": dense}
+    if problem.floor is not None:
+        trainings["floor"] = Training(problem.floor, None, sparsities)
     trainings |= {way.name: Training(problem, way, sparsities) for way in ways}
     contestants = {n: timing.Contestant(t.step) for n, t in trainings.items()}
     contest = timing.in_turns(contestants, repeats)
@@ -153,16 +158,14 @@ def report(
     rows = []
     for name, training in list(trainings.items())[1:]:
         row = [name, "", f"{contest.ratio(name, to='dense'):.2f}", "", "", "", ""]
+        row[4] = f"{training.resident / dense.resident:.2f}"
+        row[5] = f"{training.planned / dense.planned:.2f}"
         if training.way is not None:
             training.refresh()  # compiles
             host = training.store.nbytes / weights if training.store else 0
             row[1] = f"{fraction(problem, training):.2f}"
-            row[3:] = [
-                f"{training.refresh() / second:.2f}",
-                f"{training.resident / dense.resident:.2f}",
-                f"{training.planned / dense.planned:.2f}",
-                f"{host:.2f}",
-            ]
+            row[3] = f"{training.refresh() / second:.2f}"
+            row[6] = f"{host:.2f}"
         rows.append(row)
     header = ["/ dense", "FLOPs", "time", "refresh", "resident", "+ scratch", "host"]
     forward, backward = (f"{100 * s:g}" for s in sparsities)

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import topkast_jax as tk
 from configs import quickstart
@@ -25,6 +27,8 @@ class Problem(NamedTuple):
       loss: (alpha, carry) -> (loss, carry), on one fixed batch.
       axes: what the axes of the parameters mean.
       uses: how often each entry of a weight is used in a step, for the FLOPs.
+      floor: the same without its projections, which no layout can go below; None where
+        projections are all there is.
     """
 
     title: str
@@ -33,6 +37,7 @@ class Problem(NamedTuple):
     loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
     axes: Mapping[str, str]
     uses: Mapping[str, int]
+    floor: "Problem | None" = None
 
 
 def product(weight: Any, x: jax.Array) -> jax.Array:
@@ -68,14 +73,57 @@ def mlp(widths: Sequence[int], rows: int) -> Problem:
     return Problem(title, [layer(*shape) for shape in shapes], (), loss, {}, uses)
 
 
-def transformer(layers: int, width: int, rows: int, segment: int) -> Problem:
+def stack(layers: int, width: int, inner: int, rows: int, *, scanned: bool) -> Problem:
+    """Equal residual layers of two products each, every one recomputed backward.
+
+    Scanned, the kernels of all layers are one parameter [layers, inputs, outputs], and
+    one layer at a time is at work; else they are called one after another.
+    """
+    data, first, second = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(data, (width, rows))
+    up = jax.random.normal(first, (layers, width, inner)) / width**0.5
+    down = jax.random.normal(second, (layers, inner, width)) / inner**0.5
+
+    @jax.checkpoint
+    def layer(z: jax.Array, weights: PyTree) -> tuple[jax.Array, None]:
+        inside = jax.nn.relu(product(weights["up"]["kernel"], z))
+        return z + product(weights["down"]["kernel"], inside), None
+
+    def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
+        z = x
+        if scanned:
+            z, _ = jax.lax.scan(layer, z, alpha)
+        else:
+            for weights in alpha:
+                z, _ = layer(z, weights)
+        return jnp.mean(z**2), carry
+
+    params: PyTree = {"up": {"kernel": up}, "down": {"kernel": down}}
+    uses = dict.fromkeys(("up/kernel", "down/kernel"), rows)
+    axes = {"*kernel": "s i o"}
+    if not scanned:
+        params = [
+            {"up": {"kernel": one}, "down": {"kernel": other}}
+            for one, other in zip(up, down, strict=True)
+        ]
+        uses = {f"{i}/{name}": n for i in range(layers) for name, n in uses.items()}
+        axes = {}
+    way = "scanned" if scanned else "unrolled"
+    title = f"{layers} layers of {width}-{inner}-{width}, {way}, batch {rows}"
+    return Problem(title, params, (), loss, axes, uses)
+
+
+def transformer(
+    layers: int, width: int, rows: int, segment: int, heads: int = 2
+) -> Problem:
     """The quickstart's Transformer-XL at another size, on random bytes."""
     config = quickstart.get_config("method=dense")
     config.batch_size = rows
     config.model.update(
         layers=layers,
         d_model=width,
-        d_head=width // config.model.heads,
+        heads=heads,
+        d_head=width // heads,
         d_inner=4 * width,
         segment=segment,
         memory=segment,
@@ -94,14 +142,40 @@ def transformer(layers: int, width: int, rows: int, segment: int) -> Problem:
         value, (carry, _) = task.loss(alpha, carry, batch, jax.random.key(0))
         return value, carry
 
+    def loss_of_floor(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
+        with nn.intercept_methods(_without_product):
+            return loss(alpha, carry)
+
     title = f"Transformer-XL, {layers} layers of {width}, batch {rows} x {segment}"
-    return Problem(title, params, carry, loss, AXES, task.uses)
+    flat = flatten_dict(params)
+    rest = unflatten_dict({k: v for k, v in flat.items() if k[-1] != "kernel"})
+    floor = Problem("floor", rest, carry, loss_of_floor, {}, {})
+    return Problem(title, params, carry, loss, AXES, task.uses, floor)
+
+
+def _without_product(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Interceptor: a dense layer without kernel, its input repeated or cut to shape."""
+    layer: Any = context.module
+    if not isinstance(layer, nn.Dense | nn.DenseGeneral):
+        return next_call(*args, **kwargs)
+    (x,) = args
+    axis = np.atleast_1d(getattr(layer, "axis", -1))
+    rows = x.shape[: x.ndim - len(axis)]
+    shape = tuple(np.atleast_1d(layer.features).tolist())
+    x = x.reshape(*rows, -1)
+    size = int(np.prod(shape))
+    x = jnp.tile(x, -(-size // x.shape[-1]))[..., :size].reshape(*rows, *shape)
+    return x + layer.get_variable("params", "bias") if layer.use_bias else x
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tiny": lambda: mlp((256, 512), rows=8),
     "mlp-4096": lambda: mlp((1024, 4096, 1024), rows=512),
     "mlp-8192": lambda: mlp((2048, 8192, 2048), rows=512),
+    "unrolled": lambda: stack(4, 1024, 4096, rows=256, scanned=False),
+    "scanned": lambda: stack(4, 1024, 4096, rows=256, scanned=True),
     "transformer-small": lambda: transformer(layers=4, width=128, rows=16, segment=64),
     "transformer": lambda: transformer(layers=4, width=256, rows=16, segment=128),
+    "transformer-xl-128": lambda: transformer(12, 512, rows=8, segment=128, heads=8),
+    "transformer-xl-512": lambda: transformer(12, 512, rows=4, segment=512, heads=8),
 }

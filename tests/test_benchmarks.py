@@ -1,10 +1,23 @@
 """Benchmarks run and print what they promise; what they measure is not tested."""
 
 import argparse
+import pathlib
+import sys
 
+import jax
 import pytest
 
-from benchmarks import layouts, problems, select, step, timing, width
+from benchmarks import (
+    crossover,
+    layouts,
+    peak,
+    probe,
+    problems,
+    select,
+    step,
+    timing,
+    width,
+)
 
 
 def test_select_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +63,68 @@ def test_width_refuses_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         width.main([flags])
     assert flags.partition("=")[0] in capsys.readouterr().err
+
+
+def test_crossover_prints_a_table_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    picture = tmp_path / "crossover.png"
+    crossover.main(["--quick", f"--picture={picture}"])
+    out = capsys.readouterr().out
+    assert "| packed, unstructured " in out and "crosses" in out and "nan" not in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [((0.9, 0.5, 0.1), "< 50"), ((1.5, 0.5, 0.1), "60"), ((1.1, 0.5, 1.0), "-")],
+)
+def test_where_a_layout_becomes_faster(
+    ratios: tuple[float, ...], expected: str
+) -> None:
+    assert crossover.crossing([50, 70, 90], ratios) == expected
+
+
+@pytest.mark.parametrize("flags", ["--sparsities=90,50", "--sparsities=x"])
+def test_crossover_refuses_flags(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        crossover.main([flags])
+    assert flags.partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_peak_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    peak.main(["--quick"])
+    out = capsys.readouterr().out
+    assert "| dense " in out and "| block " in out and "nan" not in out
+
+
+def test_probe_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    probe.main(["--quick"])
+    out = capsys.readouterr().out
+    assert "| tiny " in out and "nan" not in out
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_stack_trains_packed(scanned: bool) -> None:
+    problem = problems.stack(2, 8, 16, rows=4, scanned=scanned)
+    training = layouts.Training(problem, layouts.WAYS[1], (0.5, 0.25))
+    training.step()
+    assert layouts.fraction(problem, training) == pytest.approx(7 / 12, abs=0.01)
+
+
+def test_the_floor_has_the_shapes_of_the_problem_and_no_kernels() -> None:
+    problem = problems.transformer(1, 16, rows=2, segment=8)
+    assert problem.floor is not None
+    paths = jax.tree_util.tree_flatten_with_path(problem.floor.params)[0]
+    assert paths and "kernel" not in str([path for path, _ in paths])
+    whole, floor = (
+        jax.eval_shape(jax.value_and_grad(p.loss, has_aux=True), p.params, p.carry)[0]
+        for p in (problem, problem.floor)
+    )
+    assert whole == floor
 
 
 def test_a_step_refreshes_when_it_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:

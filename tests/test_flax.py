@@ -110,7 +110,7 @@ def test_every_kind_of_layer(layout):
 def test_blocks_worth_a_product_of_their_own():
     x = jax.random.normal(KEY, (4, 64))
     for structure, expected in (
-        (tk.blocks(32, 32), "blocks"),
+        (tk.blocks(32, 32), "blocks_rows_first"),
         (tk.fan_in(1, 64), "columns"),
         (tk.fan_in(), "expanded"),
         (tk.unstructured, "expanded"),

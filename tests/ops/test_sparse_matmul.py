@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import topkast_jax as tk
+from topkast_jax.ops import xla
 from topkast_jax.ops.api import choose
 
 INPUTS, OUTPUTS = 32, 48
@@ -19,6 +20,8 @@ STRUCTURES = {
     "fan_in": tk.fan_in(),
     "fan_in_blocks": tk.fan_in(2, 8),
     "n_of_m": tk.n_of_m(8),
+    "groups": tk.groups_of(2, tk.blocks(4, 8)),
+    "groups_of_inputs": tk.groups_of(2, tk.fan_in(2, 8), along="inputs"),
 }
 SHAPES = {
     "i o": (32, 48),
@@ -26,7 +29,7 @@ SHAPES = {
     "i i o": (8, 4, 48),
     "k i o": (2, 16, 48),
 }
-BLOCKED = ("blocks", "fan_in_blocks")
+BLOCKED = ("blocks", "fan_in_blocks", "groups", "groups_of_inputs")
 
 
 def matrix(structure: tk.Structure, axes: str = "i o", seed: int = 0) -> Any:
@@ -58,6 +61,7 @@ def matrix(structure: tk.Structure, axes: str = "i o", seed: int = 0) -> Any:
     [
         *(("expanded", s) for s in STRUCTURES),
         *(("blocks", s) for s in BLOCKED),
+        *(("blocks_rows_first", s) for s in BLOCKED),
         *(("batch", s) for s in BLOCKED),
         ("columns", "fan_in_blocks"),
     ],
@@ -87,7 +91,7 @@ def _all_forward(index: tk.Index) -> tk.Index:
     return tk.Index(index.index, index.grid, index.index.shape[-1])
 
 
-@pytest.mark.parametrize("name", ["blocks", "batch", "columns"])
+@pytest.mark.parametrize("name", ["blocks", "blocks_rows_first", "batch", "columns"])
 @pytest.mark.parametrize("structure", ["entries", "fan_in", "n_of_m"])
 def test_single_entries_are_declined(name, structure):
     found, *_ = matrix(STRUCTURES[structure])
@@ -106,6 +110,16 @@ def test_features_first():
     x = np.random.default_rng(0).normal(size=(INPUTS, 7)).astype(np.float32)
     y = tk.ops.sparse_matmul(x, found, "blocks", features_first=True)
     np.testing.assert_allclose(y, alpha.T @ x, atol=2e-5)
+
+
+@pytest.mark.parametrize("turns", [0, 16])
+@pytest.mark.parametrize("name", ["blocks", "blocks_rows_first"])
+def test_loops_written_out_or_not(name, turns, monkeypatch):
+    monkeypatch.setattr(xla, "WRITTEN_OUT", turns)
+    found, alpha, _ = matrix(STRUCTURES["blocks"])
+    x = np.random.default_rng(0).normal(size=(7, INPUTS)).astype(np.float32)
+    y = tk.ops.sparse_matmul(x, found, name)
+    np.testing.assert_allclose(y, x @ alpha, atol=2e-5)
 
 
 @pytest.mark.parametrize(

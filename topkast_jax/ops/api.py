@@ -16,10 +16,11 @@ IMPLEMENTATIONS: dict[str, Product] = {
     "expanded": reference.expanded,
     "columns": xla.by_columns,
     "blocks": xla.by_blocks,
+    "blocks_rows_first": xla.by_blocks_rows_first,
     "batch": xla.by_batch,
 }
-"""By name: the reference; a loop over columns of blocks (fan_in); over blocks; all
-blocks in one batched product."""
+"""By name: the reference; a loop over columns of blocks (fan_in); over blocks, for
+activations [features, rows] or [rows, features]; all blocks in one batched product."""
 
 WORTHWHILE = 1024
 """Entries of a block from which a product of its own pays on CPU (32 x 32)."""
@@ -42,8 +43,8 @@ def sparse_matmul(
       x: activations [..., inputs]; or [inputs, rows], see `features_first`.
       matrix: of one slice; its window and inputs are contracted, flattened in C order.
       implementation: a name of `IMPLEMENTATIONS`; None chooses by structure and shape.
-      features_first: computes W^T x for x [inputs, rows]. Blocks are multiplied in this
-        form; a network that keeps its activations so saves two transpositions a layer.
+      features_first: computes W^T x for x [inputs, rows]: the cheaper form for fan-in
+        and for small blocks.
     Returns:
       [..., outputs], or [outputs, rows]; outputs are flattened in C order.
     Raises:
@@ -51,7 +52,9 @@ def sparse_matmul(
       ValueError: an unknown name, shapes that do not fit, or a stack of matrices.
     """
     x = jnp.asarray(x)
-    name = choose(matrix.index) if implementation is None else implementation
+    name = implementation
+    if name is None:
+        name = choose(matrix.index, features_first)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
@@ -68,13 +71,14 @@ def sparse_matmul(
         raise ValueError(
             f"x of shape {x.shape} does not fit a matrix of {inputs} inputs"
         )
-    if features_first:
-        return _matmul(name, x, values, matrix.index)
-    y = _matmul(name, x.reshape(-1, inputs).T, values, matrix.index)
-    return y.T.reshape(*x.shape[:-1], outputs)
+    flat = x if features_first else x.reshape(-1, inputs)
+    flip = features_first == IMPLEMENTATIONS[name].rows_first
+    y = _matmul(name, flat.T if flip else flat, values, matrix.index)
+    y = y.T if flip else y
+    return y if features_first else y.reshape(*x.shape[:-1], outputs)
 
 
-def choose(index: Index) -> str:
+def choose(index: Index, features_first: bool = False) -> str:
     """Name of the implementation that `sparse_matmul` takes by itself.
 
     By structure and the size of blocks; on CPU, where this was measured, batches lose
@@ -92,7 +96,9 @@ def choose(index: Index) -> str:
         return "columns" if inputs * wide >= WORTHWHILE else "expanded"
     if high * wide < WORTHWHILE:
         return "expanded"
-    return "blocks" if jax.default_backend() == "cpu" else "batch"
+    if jax.default_backend() != "cpu":
+        return "batch"
+    return "blocks" if features_first else "blocks_rows_first"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -132,19 +138,24 @@ def _by_group(name: str, index: Index) -> Product:
     inputs = _cuts_inputs(index)
 
     def cut(x: Array) -> Array:
+        if product.rows_first:
+            return x.reshape(len(x), parts, -1).swapaxes(0, 1)
         return x.reshape(parts, -1, x.shape[-1])
+
+    def joined(x: Array) -> Array:
+        if product.rows_first:
+            return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+        return x.reshape(-1, x.shape[-1])
 
     def forward(x: Array, values: Array, index: Index) -> Array:
         if inputs:
             return jax.vmap(product.forward)(cut(x), values, index).sum(0)
-        y = jax.vmap(product.forward, (None, 0, 0))(x, values, index)
-        return y.reshape(-1, x.shape[-1])
+        return joined(jax.vmap(product.forward, (None, 0, 0))(x, values, index))
 
     def input_gradient(dy: Array, values: Array, index: Index) -> Array:
         if not inputs:
             return jax.vmap(product.input_gradient)(cut(dy), values, index).sum(0)
-        dx = jax.vmap(product.input_gradient, (None, 0, 0))(dy, values, index)
-        return dx.reshape(-1, dy.shape[-1])
+        return joined(jax.vmap(product.input_gradient, (None, 0, 0))(dy, values, index))
 
     def weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         if inputs:

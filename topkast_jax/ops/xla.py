@@ -1,6 +1,8 @@
 """Sparse products as loops over blocks, in plain XLA.
 
-All add in float32.
+All add in float32. On CPU a transposition around a product can cost more than the product:
+XLA fuses it into its neighbour, whose accesses then miss every cache. So the loop over
+blocks is there for [features, n] and, `*_rows_first`, for [n, features].
 """
 
 from typing import Any
@@ -12,6 +14,14 @@ from jaxtyping import Array
 
 from topkast_jax.layouts.packed import Index
 from topkast_jax.ops.product import Product
+
+WRITTEN_OUT = 16
+"""Turns up to which a loop is written out: XLA copies what a loop carries."""
+
+
+def _loop(turn: Any, carry: Any, operands: Any) -> Any:
+    turns = len(jax.tree.leaves(operands)[0])
+    return lax.scan(turn, carry, operands, unroll=turns <= WRITTEN_OUT)
 
 
 def _sides(index: Index) -> tuple[int, int, int, int]:
@@ -34,6 +44,16 @@ def _parts(x: Array, parts: int, side: int) -> Array:
 def _joined(x: Array, dtype: Any) -> Array:
     """Inverse of `_parts`."""
     return x.reshape(-1, x.shape[-1]).astype(dtype)
+
+
+def _panels(x: Array, parts: int) -> Array:
+    """[n, features] as [parts, n, side]."""
+    return x.reshape(len(x), parts, -1).swapaxes(0, 1)
+
+
+def _flat(panels: Array, dtype: Any) -> Array:
+    """Inverse of `_panels`."""
+    return panels.swapaxes(0, 1).reshape(panels.shape[1], -1).astype(dtype)
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
@@ -65,7 +85,7 @@ def _columns_forward(x: Array, values: Array, index: Index) -> Array:
         seen = source.at[at].get(mode="promise_in_bounds", unique_indices=True)
         return None, _dot(block, seen.reshape(n * high, -1), (0, 0))
 
-    _, y = lax.scan(column, None, (blocks, rows))
+    _, y = _loop(column, None, (blocks, rows))
     return _joined(y, x.dtype)
 
 
@@ -82,7 +102,7 @@ def _columns_input_gradient(dy: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((r, high, dy.shape[-1]), jnp.float32)
     operands = (blocks, rows, _parts(dy, c, wide))
-    return _joined(lax.scan(column, zero, operands)[0], dy.dtype)
+    return _joined(_loop(column, zero, operands)[0], dy.dtype)
 
 
 def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
@@ -97,7 +117,7 @@ def _columns_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         part = _dot(seen.reshape(n * high, -1), g, (1, 1))
         return None, part.astype(x.dtype).reshape(n, high, wide)
 
-    _, found = lax.scan(column, None, (rows, _parts(dy, c, wide)))
+    _, found = _loop(column, None, (rows, _parts(dy, c, wide)))
     split = first.shape[1]
     parts = (found[:, :split], found[:, split:])
     return jnp.concatenate([part.reshape(-1, high, wide) for part in parts])
@@ -122,7 +142,7 @@ def _list_forward(x: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((c, wide, x.shape[-1]), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _joined(lax.scan(block, zero, operands)[0], x.dtype)
+    return _joined(_loop(block, zero, operands)[0], x.dtype)
 
 
 def _list_input_gradient(dy: Array, values: Array, index: Index) -> Array:
@@ -136,7 +156,7 @@ def _list_input_gradient(dy: Array, values: Array, index: Index) -> Array:
 
     zero = jnp.zeros((r, high, dy.shape[-1]), jnp.float32)
     operands = (values[: index.k_forward], at // c, at % c)
-    return _joined(lax.scan(block, zero, operands)[0], dy.dtype)
+    return _joined(_loop(block, zero, operands)[0], dy.dtype)
 
 
 def _list_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
@@ -148,10 +168,61 @@ def _list_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
         found = _dot(source[row], cotangent[column], (1, 1))
         return None, found.astype(x.dtype)
 
-    return lax.scan(block, None, (index.index // c, index.index % c))[1]
+    return _loop(block, None, (index.index // c, index.index % c))[1]
 
 
 by_blocks = Product(_list_forward, _list_input_gradient, _list_weight_gradient)
+
+
+# The same for [n, features], of which panels of contiguous rows are made.
+
+
+def _list_forward_rows(x: Array, values: Array, index: Index) -> Array:
+    r, _, c, wide = _sides(index)
+    at = index.index[: index.k_forward]
+    source = _panels(x, r)
+
+    def block(y: Array, operands: Any) -> tuple[Array, None]:
+        value, row, column = operands
+        return y.at[column].add(_dot(source[row], value, (1, 0))), None
+
+    zero = jnp.zeros((c, len(x), wide), jnp.float32)
+    operands = (values[: index.k_forward], at // c, at % c)
+    return _flat(_loop(block, zero, operands)[0], x.dtype)
+
+
+def _list_input_gradient_rows(dy: Array, values: Array, index: Index) -> Array:
+    r, high, c, _ = _sides(index)
+    at = index.index[: index.k_forward]
+    source = _panels(dy, c)
+
+    def block(dx: Array, operands: Any) -> tuple[Array, None]:
+        value, row, column = operands
+        return dx.at[row].add(_dot(source[column], value, (1, 1))), None
+
+    zero = jnp.zeros((r, len(dy), high), jnp.float32)
+    operands = (values[: index.k_forward], at // c, at % c)
+    return _flat(_loop(block, zero, operands)[0], dy.dtype)
+
+
+def _list_weight_gradient_rows(x: Array, dy: Array, index: Index) -> Array:
+    r, _, c, _ = _sides(index)
+    source, cotangent = _panels(x, r), _panels(dy, c)
+
+    def block(_: None, operands: Any) -> tuple[None, Array]:
+        row, column = operands
+        found = _dot(source[row], cotangent[column], (0, 0))
+        return None, found.astype(x.dtype)
+
+    return _loop(block, None, (index.index // c, index.index % c))[1]
+
+
+by_blocks_rows_first = Product(
+    _list_forward_rows,
+    _list_input_gradient_rows,
+    _list_weight_gradient_rows,
+    rows_first=True,
+)
 
 
 # Any list of blocks at once: as many products in one, then sums. Needs memory for the
