@@ -87,9 +87,8 @@ def choose(index: Index, features_first: bool = False) -> str:
     grid = index.here
     if grid.plain or grid.structure.scope == "group":
         return "expanded"
-    window = math.prod(grid.shape[a] for a in grid.axes.window)
-    if grid.structure.parts > 1 and window > 1 and _cuts_inputs(index):
-        return "expanded"  # a group's inputs do not follow each other
+    if _scattered(index):
+        return "expanded"
     high, wide = grid.structure.block
     if grid.structure.scope == "column":
         inputs = high * index.k_forward // grid.selections
@@ -123,6 +122,13 @@ def _matmul_bwd(name: str, residuals: Any, dy: Array) -> Any:
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
+def _scattered(index: Index) -> bool:
+    """Whether the inputs of a group do not follow each other: a window comes before."""
+    grid = index.here
+    window = math.prod(grid.shape[a] for a in grid.axes.window)
+    return grid.structure.parts > 1 and window > 1 and _cuts_inputs(index)
+
+
 def _cuts_inputs(index: Index) -> bool:
     return index.here.structure.along == "inputs"
 
@@ -136,6 +142,10 @@ def _by_group(name: str, index: Index) -> Product:
     if parts == 1 or name == "expanded":  # which knows of groups
         return product
     inputs = _cuts_inputs(index)
+    if _scattered(index):
+        raise NotImplementedError(
+            f"{index.here.structure.name}, along the inputs of a window"
+        )
 
     def cut(x: Array) -> Array:
         if product.rows_first:
