@@ -56,15 +56,15 @@ class Way(NamedTuple):
 
 CHIPS = [
     Chip("one v5e", "v5e:2x2", 1, 4096),
-    Chip("one v5p", "v5p:2x2x1", 1, 4096),
     Chip("v5e 16x16", "v5e:16x16", 256, 8192),
+    Chip("one v5p", "v5p:2x2x1", 1, 4096),
 ]
 WAYS = [
     Way(),
-    Way("packed", 0.9, 0.8),
-    Way("packed", 0.95, 0.9),
     Way("block", 0.9, 0.8),
     Way("block", 0.95, 0.9),
+    Way("packed", 0.9, 0.8),
+    Way("packed", 0.95, 0.9),
 ]
 
 
@@ -220,33 +220,26 @@ def compile_step(chip: Chip, way: Way, layers: int, devices: Sequence[Any]) -> P
 
 
 def largest(chip: Chip, way: Way, devices: Sequence[Any]) -> tuple[int, Program]:
-    """The largest number of layers that fits, and its program.
+    """The largest number of layers that fits, to 4 %, and its program.
 
     Bytes grow linearly with layers; so two small programs give a first guess, and
     compiling decides.
     """
-    one, three = (compile_step(chip, way, n, devices) for n in (1, 3))
-    each = (three.bytes - one.bytes) / 2
-    room = 0.9 * _capacity(chip)
-    low, high = 3, 0
-    guess = max(4, int(1 + (room - one.bytes) / each))
-    best = three
-    while high == 0 or high - low > max(1, low // 20):
+    one, two = (compile_step(chip, way, n, devices) for n in (1, 2))
+    each = two.bytes - one.bytes
+    layers = max(3, int(1 + (_capacity(chip) - one.bytes) / each))
+    while layers > 2:
         try:
-            best = compile_step(chip, way, guess, devices)
-            low = guess
+            return layers, compile_step(chip, way, layers, devices)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            high = guess
-        if high == 0:
-            guess = math.ceil(low * 1.1)
-        else:
-            guess = (low + high) // 2 if high > low + 1 else low
-    return low, best
+        layers -= max(1, layers // 25)
+    return 2, two
 
 
 def _capacity(chip: Chip) -> float:
+    """Bytes that a program may take on a chip, as the compiler says."""
     return (95.7 if "v5p" in chip.topology else 15.75) * 2**30
 
 
@@ -257,13 +250,13 @@ def report(chips: Sequence[Chip], ways: Sequence[Way]) -> str:
         devices, dense = aot.devices(chip.topology), 0
         for way in ways:
             layers, program = largest(chip, way, devices)
-            dense = dense or program.weights
+            dense = dense or (program.weights if way.layout is None else 0)
             row = [
                 chip.title,
                 way.title,
                 f"{layers} x {chip.width}",
                 f"{program.weights / 1e9:.2f}",
-                f"{program.weights / dense:.1f}",
+                f"{program.weights / dense:.1f}" if dense else "",
                 f"{program.bytes / 2**30:.2f}",
             ]
             rows.append(row)
