@@ -225,17 +225,24 @@ def largest(chip: Chip, way: Way, devices: Sequence[Any]) -> tuple[int, Program]
     Bytes grow linearly with layers; so two small programs give a first guess, and
     compiling decides.
     """
-    one, two = (compile_step(chip, way, n, devices) for n in (1, 2))
-    each = two.bytes - one.bytes
-    layers = max(3, int(1 + (_capacity(chip) - one.bytes) / each))
-    while layers > 2:
+    room = _capacity(chip)
+    one, low = (compile_step(chip, way, n, devices) for n in (1, 2))
+    each, layers, high = low.bytes - one.bytes, 2, 0
+    while True:
+        following = layers + int((room - low.bytes) / each)
+        if high:  # known not to fit
+            following = min(following, (layers + high) // 2)
+        if following - layers < max(1, layers // 25):
+            return layers, low
         try:
-            return layers, compile_step(chip, way, layers, devices)
+            found = compile_step(chip, way, following, devices)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-        layers -= max(1, layers // 25)
-    return 2, two
+            high = following
+            continue
+        each = (found.bytes - low.bytes) / (following - layers)
+        layers, low = following, found
 
 
 def _capacity(chip: Chip) -> float:

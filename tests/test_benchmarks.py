@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import (
     crossover,
+    hidden,
     layouts,
     peak,
     probe,
@@ -105,6 +106,12 @@ def test_probe_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     probe.main(["--quick"])
     out = capsys.readouterr().out
     assert "| tiny " in out and "nan" not in out
+
+
+def test_hidden_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    hidden.main(["--quick"])
+    out = capsys.readouterr().out
+    assert "| packed, unstructured " in out and "nan" not in out
 
 
 @pytest.mark.parametrize("scanned", [False, True])

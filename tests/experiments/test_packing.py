@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import signal
+import time
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import topkast_jax as tk
 from experiments import assembly, command, evaluate, packing
 from experiments.config import Watched
 from experiments.train import train
-from runs import assert_same, hook_training_data, kill_at, rows
+from runs import assert_same, hook_training_data, kill_at, raw, rows, run_program
 
 RIGL: dict[str, Any] = dict(
     method="rigl", sparsity=0.75, drop_fraction=0.3, drop_decay="constant", refresh=3,
@@ -186,6 +187,36 @@ def test_delayed_masks_and_an_interruption_between(
         )
     churned = [row["step"] for row in rows(whole, "train") if row.get("churn")]
     assert churned == [6, 8, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0, 1])
+def test_kill_9_at_any_moment(tmp_path: pathlib.Path, delay: int) -> None:
+    """Refreshes, saves and compactions all the time, and the process shot twice."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = [
+        "--config.sparse.refresh=2", f"--config.sparse.refresh_delay={delay}",
+        "--config.steps=120", "--config.save_every=3", "--config.sparse.reservoir=files",
+    ]  # fmt: skip
+    arguments.insert(0, "--config=configs/quickstart.py:smoke,layout=packed")
+
+    def run(workdir: pathlib.Path, shot_after: float | None = None) -> None:
+        with run_program(workdir, *arguments) as child:
+            said = []
+            for said_now in child.stdout:
+                said.append(said_now)
+                if shot_after is not None and said_now.startswith("step "):
+                    time.sleep(shot_after)
+                    child.kill()
+                    shot_after = None
+        assert child.returncode in (0, -signal.SIGKILL), "".join(said)
+
+    run(whole)
+    for seconds in (0.15, 0.4, None):
+        run(parts, seconds)
+    assert numbers(whole)[-1] == numbers(parts)[-1]
+    assert_same(raw(whole), raw(parts))
+    assert not list((parts / packing.RESERVOIR).glob("*.tmp"))
 
 
 def test_steps_without_effect_do_not_shift_the_schedule(
