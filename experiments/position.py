@@ -97,6 +97,7 @@ def flops(
     masks: tk.Masks | None,
     uses: Mapping[str, int],
     probed: Sequence[bool],
+    apart: bool = False,
 ) -> tuple[float, float]:
     """FLOPs of some steps, and what the dense network would have taken.
 
@@ -105,10 +106,17 @@ def flops(
       masks: counted as those of every one of the steps; None for a dense network.
       uses: see `Task`.
       probed: for each of the steps, whether its gradient was seen everywhere.
+      apart: whether that took a pass of its own for every sparse parameter (`tk.probe`):
+        forward, back, and the dense gradient of the one.
     """
     if masks is None or not jax.tree.leaves(masks.probe):
         each = tk.metrics.flops(params, masks, uses)
-        return len(probed) * each.train, len(probed) * each.dense
+        spent = len(probed) * each.train
+        if apart:
+            passes = len(tk.metrics.sparsity(masks)) - 1  # without the total
+            each_probe = passes * 2 * each.forward + each.dense / 3
+            spent += sum(map(bool, probed)) * each_probe
+        return spent, len(probed) * each.dense
 
     def with_probe(on: bool) -> tk.metrics.Flops:
         probe = jax.tree.map(lambda _: jnp.asarray(on), masks.probe)

@@ -240,7 +240,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             at.add(measured)
             masks = tk.masks(state.opt_state) if method else None
             probed = [refreshed(at.step - n) for n in range(len(measured))]
-            spent, dense = flops(state.params, masks, task.uses, probed)
+            apart = bool(run.packed and method and method.probe)
+            spent, dense = flops(state.params, masks, task.uses, probed, apart)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
             if log_now:
                 row = train_row(at, masks, later(refreshed, run.delay), run.rate)
