@@ -74,6 +74,7 @@ class Checkpoints:
         self._keep, self._warn = keep, warn
         self._manager: ocp.CheckpointManager | None = None
         self._unsealed: pathlib.Path | None = None
+        self._reservoirs: dict[int, Any] = {}  # what was noted, by step
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -103,19 +104,20 @@ class Checkpoints:
     ) -> None:
         """Copies the state off the devices, then writes it in the background.
 
-        A step that is there already is left as it is: it holds the same.
+        A step that is there already is left as it is: it holds the same, if perhaps in
+        another layout.
 
         Args:
           step: number of updates done.
           state: may be donated as soon as this returns.
           data: JSON data, the state of the data iterator.
           meta: JSON data; `step` and the kinds of all arrays are added.
-          store: the reservoir of a packed layout, of which only the number of its
-            records is saved: the rest is in its journal.
+          store: the reservoir of a packed layout, of which only the place in its
+            journal is saved.
         """
         self.wait()
-        if store is not None and store.journal is not None:
-            store.journal.tidy(oldest=self.records())
+        if store is not None:
+            packing.tidy(store, self._noted())
         if step in self.steps():
             return
         if self._manager is None:
@@ -125,8 +127,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         if store is not None:
             meta = {**meta, "packed": packing.described(state.opt_state)}
-            if store.journal is not None:
-                meta["records"] = store.journal.records
+            meta["reservoir"] = packing.noted(store)
         masks = _named_masks(state.opt_state)
         trees = {**state._asdict(), "masks": masks}
         self._manager.save(
@@ -164,7 +165,7 @@ class Checkpoints:
     def restore(
         self,
         prepare: Callable[[dict[str, Any]], State],
-        reservoir: Callable[[int | None], tk.Store] | None = None,
+        reservoir: Callable[[Any], tk.Store] | None = None,
     ) -> Restored | None:
         """The newest checkpoint that can be read; None where there is none at all.
 
@@ -173,7 +174,7 @@ class Checkpoints:
         Args:
           prepare: `meta -> ShapeDtypeStructs` with the shardings to restore to; it may
             raise where the checkpoint is not wanted.
-          reservoir: `records -> the store` of a packed layout at that time.
+          reservoir: what the checkpoint has noted of it -> the store of a packed layout.
         Raises:
           ValueError: there are checkpoints, but none can be read, or the newest intact
             one holds other arrays than those asked for.
@@ -187,7 +188,7 @@ class Checkpoints:
             state = State(**{name: found[name][0] for name in State._fields})
             store = None
             if "packed" in meta and reservoir is not None:
-                store = reservoir(meta.get("records"))
+                store = reservoir(meta["reservoir"])
             return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()
@@ -267,14 +268,19 @@ class Checkpoints:
             )
         return None
 
-    def records(self) -> int:
-        """Records of the reservoir that the oldest checkpoint knows of; 0 without any."""
-        steps = self.steps()
-        if not steps:
-            return 0
-        path = self.folder / str(steps[0])
-        found: int = _read(path, meta=ocp.args.JsonRestore())["meta"].get("records", 0)
-        return found
+    def _noted(self) -> list[Any] | None:
+        """What each checkpoint knows of its reservoir; None where one cannot be read."""
+        for step in self.steps():
+            if step in self._reservoirs:
+                continue
+            path = self.folder / str(step)
+            try:
+                seal.verify(path)
+                meta = _read(path, meta=ocp.args.JsonRestore())["meta"]
+            except Exception:  # whatever a broken folder makes of Orbax
+                return None
+            self._reservoirs[step] = meta.get("reservoir")
+        return [self._reservoirs[step] for step in self.steps()]
 
     def _set_aside(self, step: int) -> pathlib.Path:
         folder = self.folder.parent / "damaged"

@@ -1,7 +1,8 @@
 """Gradients of packed parameters over a mesh, each device with the rows that it has.
 
 Left to itself, XLA sums the dense gradient of an expanded weight over the devices, and
-gathers the weight in its dense form. Here both travel as they are stored.
+gathers the weight in its dense form. Here both travel as they are stored. (`tk.probe` is
+left to XLA: it asks for dense gradients, one parameter at a time.)
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,6 @@ from experiments import mesh as meshes
 from experiments.tasks import Task
 
 PyTree = Any
-ROWS: Any = P(meshes.AXES)
 
 
 def gradient(
@@ -63,15 +63,20 @@ def gradient(
     loss, aux, carry, found = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(cut, cut_masks, ROWS, ROWS, P()),
-        out_specs=(P(), P(), ROWS, cut),
+        in_specs=(cut, cut_masks, _rows(carry), _rows(batch), P()),
+        out_specs=(P(), P(), _rows(carry), cut),
         check_vma=False,
     )(params, masks, carry, batch, key)
     return (loss, (carry, aux)), found
 
 
+def _rows(tree: PyTree) -> PyTree:
+    """Specs of arrays that are cut by rows; scalars are everywhere."""
+    rows: Any = P(meshes.AXES)
+    return jax.tree.map(lambda x: rows if x.ndim else P(), tree)
+
+
 def _count(task: Task, batch: Mapping[str, jax.Array]) -> jax.Array:
     if task.count is not None:
         return task.count(batch)
-    rows = jax.tree.leaves(batch)[0].shape[task.batch_axes]
-    return jnp.float32(rows)
+    return jnp.float32(len(jax.tree.leaves(batch)[0]))

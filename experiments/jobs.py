@@ -70,7 +70,8 @@ class Job(NamedTuple):
     def result(self) -> dict[str, Any] | None:
         """The evaluation after the last step; None if the run is not finished."""
         rows = [row for row in log.read(self.folder) if row["kind"] == "eval"]
-        if not rows or rows[-1]["step"] != self.steps:
+        saved = self.folder / "checkpoints" / str(self.steps)  # after the evaluation
+        if not rows or rows[-1]["step"] != self.steps or not saved.is_dir():
             return None
         return {k: v for k, v in rows[-1].items() if k not in ("kind", "step")}
 

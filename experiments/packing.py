@@ -7,7 +7,8 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,27 +73,61 @@ def keep(store: tk.Store, workdir: pathlib.Path) -> tk.Store:
     """A store whose refreshes are written down in a workdir; an empty one as it is."""
     if not store.theta:
         return store
-    journal = tk.Journal(workdir / RESERVOIR)
+    parent = workdir / RESERVOIR
+    taken = [int(f.name) for f in parent.glob("*") if f.name.isdecimal()]
+    # A folder of its own: checkpoints of another layout still need theirs.
+    journal = tk.Journal(parent / f"{max(taken, default=0) + 1:04}")
     journal.begin(store)
     return dataclasses.replace(store, journal=journal)
 
 
-def recall(workdir: pathlib.Path, in_files: bool, records: int | None) -> tk.Store:
+def noted(store: tk.Store) -> dict[str, Any] | None:
+    """JSON data from which `recall` finds the reservoir again; None without one."""
+    if store.journal is None:
+        return None
+    return {"folder": store.journal.folder.name, "records": store.journal.records}
+
+
+def recall(
+    workdir: pathlib.Path, in_files: bool, noted: Mapping[str, Any] | None
+) -> tk.Store:
     """The reservoir of a checkpoint; what was written down after it is forgotten.
 
     Args:
       workdir: of the run.
       in_files: whether theta is to live in files.
-      records: how many the checkpoint knows of; None: the method keeps no reservoir.
+      noted: what the checkpoint knows; None: the method keeps no reservoir.
     Raises:
       ValueError: files that are missing or damaged, by name.
     """
-    if records is None:
+    if noted is None:
         return tk.Store()
-    journal = tk.Journal(workdir / RESERVOIR)
+    journal, records = (
+        tk.Journal(workdir / RESERVOIR / noted["folder"]),
+        noted["records"],
+    )
     store = journal.load(records, workdir / THETA if in_files else None)
     journal.rewind(records)
     return store
+
+
+def tidy(store: tk.Store, kept: Sequence[Mapping[str, Any] | None] | None) -> None:
+    """Compacts a reservoir's journal, and drops what no checkpoint needs.
+
+    Args:
+      store: of the run.
+      kept: what the checkpoints have noted; None where one of them cannot be read, and
+        then nothing is dropped.
+    """
+    journal = store.journal
+    if journal is None:
+        return
+    names = {noted["folder"] for noted in kept or () if noted}
+    own = [n["records"] for n in kept or () if n and n["folder"] == journal.folder.name]
+    journal.tidy(oldest=min(own, default=0))
+    for other in journal.folder.parent.iterdir() if own else ():
+        if other != journal.folder and other.name not in names:
+            shutil.rmtree(other)
 
 
 class Needs(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import topkast_jax as tk
@@ -83,6 +84,8 @@ class Refresh:
         made = step - self._behind
         if not (tk.due(self.tx, made) or tk.due(self.tx, made + self.delay)):
             return None
+        if not all(map(_finite, jax.tree.leaves(state.params))):
+            return None  # the loop will find out, and do what the config says
         made = int(state.opt_state.sparse_step)
         self._behind = step - made
         trained = (state.params, state.opt_state)
@@ -97,6 +100,26 @@ class Refresh:
         self._chosen = None
         churn = tk.metrics.churn(before, tk.masks(opt_state))
         return State(theta, opt_state, state.carry), float(churn)
+
+
+def lands(method: tk.Method | None, delay: int, made: int) -> int | None:
+    """After which update masks come into force that are chosen by now, if there are any.
+
+    For the masked layout, where the choice waits in the state.
+
+    Args:
+      method: of the run.
+      delay: updates from the choice of masks to their coming into force.
+      made: updates so far.
+    """
+    if method is None or method.due is None:
+        return None
+    chosen = [s for s in range(max(1, made - delay + 1), made + 1) if method.due(s)]
+    return chosen[0] + delay if chosen else None
+
+
+def _finite(x: jax.Array) -> bool:
+    return bool(jnp.isfinite(x).all())
 
 
 def _loss(task: Task) -> Callable[..., Any]:

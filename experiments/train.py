@@ -41,7 +41,7 @@ from experiments.position import (
     words,
 )
 from experiments.provenance import provenance, require_same_config
-from experiments.refresh import Refresh
+from experiments.refresh import Refresh, lands
 
 AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
             "dense_steps": 0}  # fmt: skip
@@ -165,11 +165,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         churn: dict[str, float] = {}  # of the last refresh
         skips, restores, seconds, timed = 0, 0, 0.0, 0
         owed = False  # a checkpoint
-        while at.step < cfg.steps and (interrupts.signal is None or _lands(refresh)):
+
+        def landing() -> int | None:
+            """Step until which nothing is saved: masks are chosen and not in force."""
+            if refresh is not None:
+                return refresh.lands
+            after = lands(method, run.delay, at.step - at.skipped)
+            return after and after + at.skipped
+
+        while at.step < cfg.steps and (interrupts.signal is None or landing()):
             # To the next step after which there is something to do.
             pause = min(at.step - at.step % every + every for every in intervals)
             if owed or interrupts.signal is not None:
-                pause = min(pause, _lands(refresh) or pause)
+                pause = min(pause, landing() or pause)
             pending: list[tuple[int, states.Measures]] = []  # (batch, what it gave)
             began = time.perf_counter()
             while at.step < min(pause, cfg.steps):
@@ -190,7 +198,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 pending.append((at.batches, measures))
                 if lockstep:
                     jax.block_until_ready(measures)
-                if interrupts.signal is not None and not _lands(refresh):
+                if interrupts.signal is not None and not landing():
                     break
             batches, measured = zip(*jax.device_get(pending), strict=True)  # waits
             seconds += time.perf_counter() - began
@@ -221,6 +229,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     # Of an update that broke the weights, all later steps are victims.
                     passed_over |= {batches[i] for i in (bad[:1] if applied else bad)}
                     restores += 1
+                    if store is not None and store.journal is not None:
+                        store.journal.wait()
                     back = checkpoints.restore(prepare, recall)
                     assert back is not None  # saved before the first step
                     back = run.adopt(back, workdir)
@@ -260,7 +270,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 out.write("eval", at.step, metrics)
                 out.say(f"step {at.step}: held-out {words(metrics)}")
             owed = owed or save_now
-            if owed and not _lands(refresh):
+            if owed and not landing():
                 save()
                 owed, restores = False, 0
         save()
@@ -268,11 +278,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     print(f"{workdir}: {log.ROWS}, tensorboard/, checkpoints/, {picture.name}")
     left = interrupts.signal if at.step < cfg.steps else None
     return Outcome(state, at.step, metrics, left)
-
-
-def _lands(refresh: Refresh | None) -> int | None:
-    """Until which step nothing may be saved: masks are chosen and not in force."""
-    return refresh.lands if refresh else None
 
 
 def _shapes(state: states.State) -> list[tuple[int, ...]]:

@@ -182,7 +182,7 @@ def _set(grid: Grid, mask: Any) -> np.ndarray:
     """A mask of entries as a set of the host."""
     units = grid.to_units(np.asarray(mask))
     units = units[(..., *(0 for _ in grid.unit))]
-    if grid.selections > 1:
+    if not grid.row_per_slice:
         array, roles = grid.stored_array
         units = units.reshape(array).transpose(*roles.stack, *roles.within)
     return np.flatnonzero(units)

@@ -125,6 +125,14 @@ class Grid:
         return Counts(*map(nearest, counts))
 
     @property
+    def row_per_slice(self) -> bool:
+        """Whether selections are the slices, in the order in which they are stored."""
+        stack = self.split[1].stack
+        return self.selections == 1 and not (
+            self.plain and list(stack) != sorted(stack)
+        )
+
+    @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the stack axes, the groups last where there are several."""
         shape, axes = self.split

@@ -200,7 +200,7 @@ class _Job:
             path, grid = self.flat[i].path, index.grid
             slices = grid.whole[0]
             self.sites[i] = _site(i, path, index)
-            self.numbers[i] = np.asarray(index.index).reshape(slices, -1)
+            self.numbers[i] = np.array(index.index).reshape(slices, -1)
             value = np.asarray(self.flat[i].array).reshape(slices, -1, *grid.unit)
             if not np.isfinite(value.astype(np.float32, copy=False)).all():
                 raise ValueError(

@@ -98,7 +98,8 @@ def language_model(config: Config) -> Task:
         alpha: Params, carry: Memory, batch: Batch, key: jax.Array
     ) -> tuple[Float[Array, ""], tuple[Memory, Scalars]]:
         total, carry = nats(alpha, carry, batch, key)
-        mean = total / jnp.sum(batch["weights"])
+        # At least one: a device of several may have rows that all count nothing.
+        mean = total / jnp.maximum(jnp.sum(batch["weights"]), 1)
         return mean, (carry, {"bits_per_byte": mean / math.log(2)})
 
     def metrics(alpha: Params, carry: Memory, batch: Batch) -> tuple[Sums, Memory]:

@@ -17,9 +17,9 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 class Task(NamedTuple):
     """A model, its objective and its data.
 
-    Every leaf of a carry and of a batch has the rows of the global batch as axis
-    `batch_axes`, so that one rule shards them all. Weights are handed in as `alpha`:
-    the task does not know whether they are sparse.
+    Every leaf of a carry and of a batch has the rows of the global batch as axis 0, so
+    that one rule shards them all. Weights are handed in as `alpha`: the task does not
+    know whether they are sparse.
 
     Attributes:
       init: key -> (params, carry), the carry for `config.batch_size` rows. Needs no
@@ -38,11 +38,11 @@ class Task(NamedTuple):
       by_unit: whether the model takes `tk.BlockMatrix` in place of a kernel, as those
         that are called through `tk.flax.apply` do.
       count: batch -> how much of it counts, the number that `loss` and `aux` are means
-        over; None where that is its rows.
+        over; None where that is its rows. Where it is 0, on a device of several, loss
+        and gradient must be finite.
       routes: alpha with `tk.BlockMatrix` leaves, or its shapes -> how the model
         multiplies by each of them, by path, see `tk.flax.routes`; None where `by_unit`
         is not so.
-      batch_axes: the axis, in every leaf of carry and batch, along which rows lie.
     """
 
     init: Callable[[jax.Array], tuple[Params, Carry]]
@@ -56,4 +56,3 @@ class Task(NamedTuple):
     by_unit: bool = False
     count: Callable[[Batch], jax.Array] | None = None
     routes: Callable[[Params], dict[str, str]] | None = None
-    batch_axes: int = 0

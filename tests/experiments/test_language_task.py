@@ -103,7 +103,7 @@ def test_carry_is_memory_and_start_empties_it(task, params, metrics):
 def test_init_needs_no_data_and_has_static_shapes(task):
     params, carry = jax.eval_shape(task.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, task.carry(B))
-    assert all(x.shape[task.batch_axes] == 5 for x in jax.tree.leaves(task.carry(5)))
+    assert all(x.shape[0] == 5 for x in jax.tree.leaves(task.carry(5)))
     assert params["embed"]["embedding"].shape == (256, D)
 
 

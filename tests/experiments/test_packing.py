@@ -13,7 +13,7 @@ import pytest
 import topkast_jax as tk
 from experiments import assembly, command, evaluate, packing, position
 from experiments.config import Watched
-from experiments.train import train
+from experiments.train import Stopped, train
 from runs import assert_same, hook_training_data, kill_at, raw, rows, run_program
 
 RIGL: dict[str, Any] = dict(
@@ -113,7 +113,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 def off_b(workdir: pathlib.Path, state: Any) -> Any:
     """The reservoir of a finished run, zero in B: what is there is out of date."""
-    journal = tk.Journal(workdir / packing.RESERVOIR)
+    journal = tk.Journal(workdir / packing.RESERVOIR / "0001")
     theta = journal.load(journal.records).theta
     marks = tk.dense_masks(state.opt_state).backward["hidden"]["kernel"]
     grid = tk.masks(state.opt_state).forward["hidden"]["kernel"].grid
@@ -136,7 +136,7 @@ def test_a_damaged_record_falls_back(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for workdir in (whole, parts):
         train(packed(tiny), workdir)
-    folder = parts / packing.RESERVOIR
+    folder = parts / packing.RESERVOIR / "0001"
     assert [f.name for f in sorted(folder.glob("record-*"))][
         -1
     ] == "record-00000003.bin"
@@ -164,6 +164,62 @@ def test_a_reservoir_in_files(tiny: Any, tmp_path: pathlib.Path) -> None:
     shutil.rmtree(tmp_path / "files" / "checkpoints" / "12")
     config.sparse.reservoir = "files"
     assert_same(outcomes[0], train(config, tmp_path / "files").state)
+
+
+def test_a_crash_before_the_first_save_in_another_layout(
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the old layout still has its reservoir; later it goes."""
+    stays, moves = tmp_path / "stays", tmp_path / "moves"
+    train(packed(tiny), stays)
+    with monkeypatch.context() as patched:
+        hook_training_data(patched, kill_at(4, signal.SIGTERM))
+        train(packed(tiny), moves)
+    block = packed(tiny)
+    block.sparse.layout = "block"
+
+    def crash(number: int, batch: Any) -> Any:
+        if number == 6:
+            raise OSError("no data")
+        return batch
+
+    with monkeypatch.context() as patched:
+        hook_training_data(patched, crash)
+        with pytest.raises(OSError, match="no data"):
+            train(block, moves)
+    train(block, moves)
+    folders = sorted(f.name for f in (moves / packing.RESERVOIR).iterdir())
+    assert folders == ["0003"]  # 8 and 12 are kept; of the crash nothing is
+    one, two = (rows(workdir, "eval")[-1] for workdir in (stays, moves))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_an_old_checkpoint_that_cannot_be_read_stops_nothing(
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        hook_training_data(patched, kill_at(8, signal.SIGTERM))
+        train(packed(tiny), tmp_path)
+    for file in (tmp_path / "checkpoints" / "4").rglob("metadata"):
+        file.write_text("{")
+    assert train(packed(tiny), tmp_path).step == 12
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "restore"])
+def test_weights_that_are_not_finite_at_a_refresh(
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, on_nan: str
+) -> None:
+    """The gradient is finite, the update is not, and masks are due: as when masked."""
+
+    def explode(number: int, batch: Any) -> Any:
+        return {**batch, "x": batch["x"] * 1e15} if number == 3 else batch
+
+    config = packed(tiny, on_nan=on_nan)
+    config.optimizer = {"name": "sgd", "clip": 0.0}
+    config.learning_rate.update(peak=1e30, end=1e30)
+    hook_training_data(monkeypatch, explode)
+    with pytest.raises(Stopped, match="new value of|loss is NaN|did not help"):
+        train(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +289,7 @@ def test_kill_9_at_any_moment(tmp_path: pathlib.Path, delay: int) -> None:
         run(parts, seconds)
     assert numbers(whole)[-1] == numbers(parts)[-1]
     assert_same(raw(whole), raw(parts))
-    assert not list((parts / packing.RESERVOIR).glob("*.tmp"))
+    assert not list((parts / packing.RESERVOIR).rglob("*.tmp"))
 
 
 def test_steps_without_effect_do_not_shift_the_schedule(

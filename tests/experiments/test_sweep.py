@@ -37,6 +37,7 @@ if seed == 99 and not again:
     except KeyboardInterrupt:
         sys.exit(130)
 row = {"step": steps, "kind": "eval", "loss": seed / 2, "bits_per_byte": 1.0 + seed}
+(workdir / "checkpoints" / str(steps)).mkdir(parents=True)
 (workdir / "metrics.jsonl").write_text(json.dumps(row) + chr(10))
 """
 
@@ -85,6 +86,7 @@ def starts(tmp_path: pathlib.Path, name: str) -> int:
 def finish(folder: pathlib.Path, value: float | None, step: int = 8) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     row = {"step": step, "kind": "eval", "bits_per_byte": value}
+    (folder / "checkpoints" / str(row["step"])).mkdir(parents=True)
     (folder / log.ROWS).write_text(json.dumps(row) + "\n")
 
 

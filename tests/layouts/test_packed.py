@@ -139,6 +139,28 @@ def test_any_optimizer(inner):
     assert_same(run("masked", method, inner=inner), run("packed", method, inner=inner))
 
 
+@pytest.mark.parametrize(
+    ("letters", "along"), [("i s o", "inputs"), ("o s i", "outputs")]
+)
+@pytest.mark.parametrize("explore", ["random", "top"])
+def test_groups_before_the_stack(letters, along, explore):
+    """Draws go by the order of the axes, and what is stored has the stack first."""
+    method = tk.top_kast(
+        0.8, 0.6, explore=explore, structure=tk.groups_of(2, along=along)
+    )
+    if explore == "top":
+        method = tk.static(0.6, structure=tk.groups_of(2, along=along))
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 3, 8))}
+    axes = tk.axes({"kernel": letters})
+    masked, packed = (
+        tk.sparse(optax.sgd(0.1), method, layout=layout, axes=axes)
+        for layout in ("masked", "packed")
+    )
+    expected = tk.dense_masks(masked.init(params))
+    found = tk.dense_masks(tk.start(packed, params)[1])
+    jax.tree.map(np.testing.assert_array_equal, expected[:2], found[:2])
+
+
 def test_bfloat16():
     method = METHODS["top_kast"]()
     masked, packed = (

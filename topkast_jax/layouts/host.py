@@ -196,7 +196,7 @@ def numbered(grid: Grid, forward: Set, backward: Set) -> np.ndarray:
 
 def _to_units(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(slice, unit) of selection keys."""
-    if grid.selections == 1:
+    if grid.row_per_slice:
         return keys // grid.count, keys % grid.count
     array, roles = grid.stored_array
     selection = np.unravel_index(keys // grid.size, [array[a] for a in roles.stack])
@@ -220,7 +220,7 @@ def selection_places(grid: Grid, index: np.ndarray) -> tuple[np.ndarray, np.ndar
     slices = np.arange(len(index), dtype=np.int64)[:, None]
     flat = (slices * grid.count + index).reshape(-1)
     keys = flat
-    if grid.selections > 1:
+    if not grid.row_per_slice:
         array, roles = grid.stored_array
         where = np.unravel_index(flat, array)
         selection = np.ravel_multi_index(
@@ -237,7 +237,7 @@ def selection_places(grid: Grid, index: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def by_selection(grid: Grid, units: np.ndarray) -> np.ndarray:
     """[slices, units, *unit] of all of theta as [selections, size, *unit]."""
-    if grid.selections == 1:
+    if grid.row_per_slice:
         return units
     array, roles = grid.stored_array
     inside = tuple(range(len(array), len(array) + len(grid.unit)))

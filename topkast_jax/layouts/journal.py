@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -41,7 +42,7 @@ class Journal:
         self._compaction: Future[None] | None = None
 
     def begin(self, store: Store) -> None:
-        """Writes the first base, of a store as `tk.start` made it, and empties the rest."""
+        """Writes the first base, and empties the folder of all else."""
         self.wait()
         if self.folder.exists():
             shutil.rmtree(self.folder)
@@ -108,7 +109,10 @@ class Journal:
         """
         if self._compaction is not None and not self._compaction.done():
             return
-        self.wait()
+        try:
+            self.wait()
+        except (OSError, ValueError) as error:  # the files it would replace are there
+            warnings.warn(f"{self.folder} was not compacted: {error}", stacklevel=2)
         records = self.records
         newest = self._base_for(records)
         since = sum(
@@ -119,7 +123,8 @@ class Journal:
         def work() -> None:
             if since > share * size:
                 self.compact(records)
-            self._drop_before(self._base_for(oldest))
+            if min(self._numbers(_BASE)) <= oldest:
+                self._drop_before(self._base_for(oldest))
 
         pool = ThreadPoolExecutor(1, thread_name_prefix="topkast-journal")
         self._compaction = pool.submit(work)

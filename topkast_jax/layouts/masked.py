@@ -67,7 +67,7 @@ class MaskedLeaf(NamedTuple):
         return grid.spread(random_k(self.key, k, allowed.shape, grid.roles, allowed))
 
     def portion(self, share: Any, k: int) -> Any:
-        """`share * k` as a number of units of a selection; see `structure.portion`."""
+        """`share * k` as a number of units of a selection; see `grid.portion`."""
         return portion(share, k, self.grid, self.key)
 
     def union(self, first: Array, second: Array) -> Array:
