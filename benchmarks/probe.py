@@ -20,7 +20,6 @@ import topkast_jax as tk
 from benchmarks import timing
 from benchmarks.layouts import Training, Way
 from benchmarks.problems import PROBLEMS, Problem
-from topkast_jax.probe import _probe_one
 
 PyTree = Any
 
@@ -51,7 +50,9 @@ def measure(name: str, problem: Problem) -> list[str]:
         return problem.loss(alpha, carry)[0]
 
     def one(i: int, index: Any, theta: PyTree, opt_state: PyTree, carry: PyTree) -> Any:
-        return _probe_one(loss, i, theta, opt_state, index, jax.random.key(0), (carry,))
+        return tk.probe_leaf(
+            loss, i, theta, opt_state, index, jax.random.key(0), (carry,)
+        )
 
     def found(theta: PyTree, opt_state: PyTree, carry: PyTree, only: Any) -> list[Any]:
         masks = tk.masks(opt_state).forward

@@ -96,6 +96,7 @@ def test_crossover_refuses_flags(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.slow
 def test_peak_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     peak.main(["--quick"])
     out = capsys.readouterr().out

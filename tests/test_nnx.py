@@ -120,7 +120,7 @@ def test_every_kind_of_layer(layout):
 
 @pytest.mark.parametrize(
     ("structure", "expected"),
-    [(tk.blocks(32, 32), "blocks"), (tk.fan_in(1, 64), "columns")],
+    [(tk.blocks(32, 32), "blocks_rows_first"), (tk.fan_in(1, 64), "columns")],
 )
 def test_blocks_worth_a_product_of_their_own(structure, expected):
     x = jax.random.normal(KEY, (4, 64))

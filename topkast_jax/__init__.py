@@ -20,7 +20,7 @@ from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import due, fan_in_normal, shapes, start
 from topkast_jax.plan import Plan
-from topkast_jax.probe import Found, probe
+from topkast_jax.probe import Found, probe, probe_leaf
 from topkast_jax.refresh import Chosen, choose, refresh
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
@@ -104,6 +104,7 @@ __all__ = [
     "packed_shardings",
     "plan",
     "probe",
+    "probe_leaf",
     "random_k",
     "reduce_gradients",
     "refresh",

@@ -64,14 +64,14 @@ def probe(
             found.append(None)
             continue
         key = _trees.leaf_key(state.sparse_seed, flat[i].path, state.sparse_step + 1)
-        one = _probe_one(loss, i, theta, opt_state, index, key, args)
+        one = probe_leaf(loss, i, theta, opt_state, index, key, args)
         one.grad.block_until_ready()  # so that two never overlap
         found.append(one)
     return treedef.unflatten(found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _probe_one(
+def probe_leaf(
     loss: Callable[..., Any],
     i: int,
     theta: PyTree,
@@ -80,6 +80,17 @@ def _probe_one(
     key: jax.Array,
     args: tuple[Any, ...],
 ) -> Found:
+    """The part of `probe` that is compiled: one parameter.
+
+    Args:
+      loss: as for `probe`.
+      i: place of the parameter in the flattened tree.
+      theta: packed parameters.
+      opt_state: that belongs to them.
+      index: of the parameter.
+      key: for ties.
+      args: passed on to the loss.
+    """
     leaves, treedef = _trees.flatten(theta)
     grid = index.grid
 

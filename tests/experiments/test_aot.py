@@ -1,5 +1,6 @@
 """Compiling for hardware that is not there."""
 
+import pathlib
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def test_the_report_tells_bytes_and_collectives() -> None:
     "layout", ["packed", pytest.param("masked", marks=pytest.mark.slow)]
 )
 def test_a_step_compiles_from_shapes_alone(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch, layout: str
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     """The same program as training compiles; here for the devices that there are."""
     config = tiny()
@@ -34,7 +35,7 @@ def test_a_step_compiles_from_shapes_alone(
     monkeypatch.setattr(aot, "devices", lambda topology: jax.devices())
     program = aot.compiled(Watched(config), "any")
     run = assembly.assemble(Watched(config))
-    state, _ = run.begin()
+    state, _ = run.begin(tmp_path)
     held = sum(x.nbytes for x in jax.tree.leaves(state))
     found: Any = program.memory_analysis()
     assert held <= found.argument_size_in_bytes < held + 4096  # and a batch

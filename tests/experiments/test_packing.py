@@ -34,7 +34,7 @@ def numbers(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "method", ["rigl", pytest.param("top_kast", marks=pytest.mark.slow)]
+    "method", [pytest.param(m, marks=pytest.mark.slow) for m in ("rigl", "top_kast")]
 )
 def test_the_same_run_as_masked(tiny: Any, tmp_path: pathlib.Path, method: str) -> None:
     masked = packed(tiny, method)

@@ -90,6 +90,7 @@ def finish(folder: pathlib.Path, value: float | None, step: int = 8) -> None:
     (folder / log.ROWS).write_text(json.dumps(row) + "\n")
 
 
+@pytest.mark.slow
 def test_trains_and_skips_what_is_finished(
     tmp_path: pathlib.Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,15 +75,16 @@ def assert_equal(one: Run, two: Run) -> None:
     assert int(one.state.sparse_step) == int(two.state.sparse_step)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["top_kast", pytest.param("rigl", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "structure",
     [
-        "entries",
         "groups",
         *(
             pytest.param(s, marks=pytest.mark.slow)
-            for s in ("blocks", "fan_in", "n_of_m")
+            for s in ("entries", "blocks", "fan_in", "n_of_m")
         ),
     ],
 )

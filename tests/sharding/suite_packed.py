@@ -208,7 +208,6 @@ def run(full: bool) -> None:
     for kind in AxisType.Auto, AxisType.Explicit:
         report(f"masked/{kind.name}", masked_update(kind))
     cells = [
-        ("packed", "data"),
         ("packed", "fsdp"),
         ("block", "fsdp"),
         ("block", "tensor"),
