@@ -177,7 +177,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             # To the next step after which there is something to do.
             pause = min(at.step - at.step % every + every for every in intervals)
             if owed or interrupts.signal is not None:
-                pause = min(pause, landing() or pause)
+                pause = max(at.step + 1, min(pause, landing() or pause))
             pending: list[tuple[int, states.Measures]] = []  # (batch, what it gave)
             began = time.perf_counter()
             while at.step < min(pause, cfg.steps):
