@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from runs import assert_same, hook_training_data, kill_at, raw, rows, run_program
 
 import topkast_jax as tk
 from experiments import assembly, command, evaluate, packing, position
 from experiments.config import Watched
 from experiments.train import Stopped, train
-from runs import assert_same, hook_training_data, kill_at, raw, rows, run_program
 
 RIGL: dict[str, Any] = dict(
     method="rigl", sparsity=0.75, drop_fraction=0.3, drop_decay="constant", refresh=3,

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from runs import ROOT
 
 from configs.sweeps import patterns
 from experiments import jobs, log, sweep
 from experiments.table import table
-from runs import ROOT
 
 # Stands in for experiments.train: writes a last evaluation, or does as its seed says.
 PROGRAM = """
