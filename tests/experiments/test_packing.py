@@ -75,7 +75,7 @@ def test_flops_of_a_packed_probe(tiny: Any, tmp_path: pathlib.Path) -> None:
     ("method", "stop", "number"),
     [
         ("top_kast", 6, 8),
-        ("rigl", None, 4),
+        pytest.param("rigl", None, 4, marks=pytest.mark.slow),
         pytest.param("top_kast", 6, 4, marks=pytest.mark.slow),
         pytest.param("rigl", None, 8, marks=pytest.mark.slow),
     ],

@@ -43,7 +43,6 @@ CELLS = [
     ("top_kast", "blocks", STACKED),
     ("top_kast", "n_of_m", STACKED),
     ("rigl", "blocks", PLAIN),
-    ("set", "groups_of_fan_in", STACKED),
 ]
 REST = [
     (name, structure, shape)

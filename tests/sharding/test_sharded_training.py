@@ -34,6 +34,7 @@ def test_init_and_refresh_are_equal_on_one_and_eight_devices() -> None:
     judge_refresh(run_suite("refresh"), cells=4)
 
 
+@pytest.mark.slow
 def test_losses_agree_over_twenty_steps() -> None:
     judge_training(run_suite("training"), cells=1)
 
