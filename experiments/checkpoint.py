@@ -238,8 +238,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path = self.folder / str(step)
             try:
-                seal.verify(path)
-                meta = _read(path, meta=ocp.args.JsonRestore())["meta"]
+                meta = _meta(path)
             except Exception as error:  # whatever a broken folder makes of Orbax
                 unreadable[step] = _line(error)
                 continue
@@ -273,11 +272,9 @@ class Checkpoints:
         for step in self.steps():
             if step in self._reservoirs:
                 continue
-            path = self.folder / str(step)
             try:
-                seal.verify(path)
-                meta = _read(path, meta=ocp.args.JsonRestore())["meta"]
-            except Exception:  # whatever a broken folder makes of Orbax
+                meta = _meta(self.folder / str(step))
+            except Exception:  # as in `_newest`, which will say so
                 return None
             self._reservoirs[step] = meta.get("reservoir")
         return [self._reservoirs[step] for step in self.steps()]
@@ -298,6 +295,13 @@ def _read(path: pathlib.Path, **parts: Any) -> Any:
     handler = ocp.CompositeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(**parts))
+
+
+def _meta(path: pathlib.Path) -> dict[str, Any]:
+    """`meta` of a checkpoint that is as it was when it was sealed."""
+    seal.verify(path)
+    meta: dict[str, Any] = _read(path, meta=ocp.args.JsonRestore())["meta"]
+    return meta
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:

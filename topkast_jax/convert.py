@@ -10,14 +10,13 @@ import optax
 from topkast_jax import _trees, forward
 from topkast_jax import plan as plan_lib
 from topkast_jax._trees import Parameter
-from topkast_jax._types import LeafMasks, Masks, PyTree, SparseState
+from topkast_jax._types import LeafMasks, PyTree, SparseState
 from topkast_jax.grid import Grid
 from topkast_jax.layouts import host
 from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.packed import Index
 from topkast_jax.layouts.store import Folder, Store
-from topkast_jax.packed import indexed, state_of, stored, wide
-from topkast_jax.plan import Site
+from topkast_jax.packed import indexed, state_of, taken, wide
 from topkast_jax.transformation import Recipe, recipe_of
 
 
@@ -111,17 +110,12 @@ def _dense(
             units = np.array((store or Store()).array(p.path, units.shape))
         leaves.append(jnp.asarray(_put(units, p.array, index)))
     dense = treedef.unflatten(leaves)
-    sparse = Masks(*forward.dense_masks(state))
-    if not recipe.method.probe:
-        nothing = treedef.unflatten([None] * len(flat))
-        sparse = sparse._replace(probe=nothing)
-    else:
+    nothing = treedef.unflatten([None] * len(flat))
+    sparse = settled = forward.dense_masks(state)._replace(probe=nothing)
+    if recipe.method.probe:
         due = bool(recipe.method.due and recipe.method.due(int(state.sparse_step) + 1))
-        sparse = sparse._replace(
-            probe=treedef.unflatten(
-                [None if i is None else jnp.asarray(due) for i in indices]
-            )
-        )
+        probes = [None if i is None else jnp.asarray(due) for i in indices]
+        sparse = settled._replace(probe=treedef.unflatten(probes))
 
     def slot(old: Any, new: Any, index: Index) -> Any:
         grid = index.grid
@@ -133,9 +127,7 @@ def _dense(
     return dense, state._replace(
         sparse_masks=sparse,
         sparse_inner=inner,
-        sparse_next=sparse._replace(probe=treedef.unflatten([None] * len(flat)))
-        if recipe.delay
-        else None,
+        sparse_next=settled if recipe.delay else None,
     )
 
 
@@ -156,15 +148,15 @@ def _packed(
         units = site.grid.to_units(np.asarray(flat[i].array))
         if recipe.method.reservoir:
             units = stores.add(store, site.path, units)
-        theta[i] = _taken(units, numbers, site)
+        theta[i] = taken(units, numbers, site)
     packed = treedef.unflatten(theta)
 
     def slot(old: Any, new: Any, index: Index) -> Any:
         del new
         numbers = np.asarray(index.index).reshape(index.grid.whole[0], -1)
         units = index.grid.to_units(np.asarray(old))
-        taken = np.take_along_axis(units, wide(numbers, units), 1)
-        return jnp.asarray(taken.reshape(index.stored))
+        moved = np.take_along_axis(units, wide(numbers, units), 1)
+        return jnp.asarray(moved.reshape(index.stored))
 
     inner = _inner(recipe, state.sparse_inner, flat, packed, indices, slot)
     memory = dict(enumerate(treedef.flatten_up_to(state.sparse_memory)))
@@ -186,10 +178,6 @@ def _set(grid: Grid, mask: Any) -> np.ndarray:
         array, roles = grid.stored_array
         units = units.reshape(array).transpose(*roles.stack, *roles.within)
     return np.flatnonzero(units)
-
-
-def _taken(units: np.ndarray, numbers: np.ndarray, site: Site) -> Any:
-    return stored(np.take_along_axis(units, wide(numbers, units), 1), site)
 
 
 def _put(units: np.ndarray, values: Any, index: Index) -> np.ndarray:

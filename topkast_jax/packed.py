@@ -161,8 +161,7 @@ def start(
             key = jax.random.fold_in(leaf.key, _INITIAL)
             theta.append(initial(key, indices[i], dense.dtype))
         else:
-            taken = np.take_along_axis(units, wide(numbers, units), 1)
-            theta.append(stored(taken, site))
+            theta.append(taken(units, numbers, site))
     packed = treedef.unflatten(theta)
     _require_slots(recipe, shapes, packed, [flat[i] for i in sites])
     return packed, state_of(recipe, seed, treedef, indices, memory, packed), store
@@ -328,6 +327,11 @@ def indexed(numbers: np.ndarray, masks: LeafMasks, site: Site, recipe: Recipe) -
 def stored(values: np.ndarray, site: Site) -> Array:
     shape = (*site.grid.stack, values.shape[1], *site.grid.unit)
     return jnp.asarray(values.reshape(shape))
+
+
+def taken(units: np.ndarray, numbers: np.ndarray, site: Site) -> Array:
+    """Some of [slices, units, *unit], as packed parameters are stored."""
+    return stored(np.take_along_axis(units, wide(numbers, units), 1), site)
 
 
 def wide(index: np.ndarray, units: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from topkast_jax.packed import (
     recipe_for,
     state_of,
     stored,
+    taken,
     wide,
 )
 from topkast_jax.plan import Site
@@ -133,14 +134,13 @@ def refresh(
         site, new = job.sites[i], choice.numbers
         source = sources[i] = _source(job.numbers[i], new)
         if recipe.method.reservoir:
-            units = job.units(site, store)
-            shipped = np.take_along_axis(units, wide(new, units), 1)
+            new_theta[i] = taken(job.units(site, store), new, site)
             leaving[site.path] = job.left(i, source)
         else:
             value = job.values[i]
             shipped = np.take_along_axis(value, wide(np.maximum(source, 0), value), 1)
             shipped[source < 0] = 0
-        new_theta[i] = stored(shipped, site)
+            new_theta[i] = stored(shipped, site)
         indices[i] = indexed(new, choice.masks, site, recipe)
         memory[i] = choice.memory
     if recipe.method.reservoir and store.journal is not None:
