@@ -1,5 +1,7 @@
 """A trained state from one layout into another."""
 
+import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -68,11 +70,38 @@ def convert(
             "both keeps a reservoir"
         )
     _require_settled(state)
+    if recipe.layout != "masked" and _is_packed(state):
+        here = store or Store()
+        if reservoir is None or here.folder == pathlib.Path(reservoir):
+            return params, _multiplied(opt_state, state, recipe), here
     dense, masked = _dense(recipe, params, state, store)
     if recipe.layout == "masked":
         return dense, _trees.replace_state(opt_state, masked), Store()
     theta, packed, new = _packed(recipe, dense, masked, reservoir)
     return theta, _trees.replace_state(opt_state, packed), new
+
+
+def _is_packed(state: SparseState) -> bool:
+    nodes = jax.tree.leaves(state.sparse_masks.forward, is_leaf=_is_index)
+    return any(map(_is_index, nodes))
+
+
+def _is_index(node: Any) -> bool:
+    return isinstance(node, Index)
+
+
+def _multiplied(opt_state: PyTree, state: SparseState, recipe: Recipe) -> PyTree:
+    """Packed and block store the same: nothing moves but what the lists say of it."""
+    by_unit = recipe.layout == "block"
+
+    def one(node: Any) -> Any:
+        return (
+            dataclasses.replace(node, multiplied=by_unit) if _is_index(node) else node
+        )
+
+    forward = jax.tree.map(one, state.sparse_masks.forward, is_leaf=_is_index)
+    masks = state.sparse_masks._replace(forward=forward)
+    return _trees.replace_state(opt_state, state._replace(sparse_masks=masks))
 
 
 def _require_settled(state: SparseState) -> None:
@@ -97,7 +126,7 @@ def _dense(
     """Parameters and state of the masked layout."""
     flat, treedef = _trees.parameters(params)
     indices = treedef.flatten_up_to(state.sparse_masks.forward)
-    if not any(isinstance(index, Index) for index in indices):
+    if not any(map(_is_index, indices)):
         return params, state
     leaves = []
     for p, index in zip(flat, indices, strict=True):
