@@ -9,7 +9,7 @@ FLOORS = [
     ["distribution", "schedule", "score", "select", "structure", "grid"],
     ["layouts", "forward", "ops"],
     ["methods"],
-    ["plan", "transformation", "faults", "packed", "refresh", "convert", "probe", "optimizer", "health",
+    ["mixture", "plan", "transformation", "faults", "sets", "packed", "refresh", "convert", "probe", "optimizer", "health",
      "drop_in", "metrics", "sharding"],
     ["flax"],
 ]  # fmt: skip

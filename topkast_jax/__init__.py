@@ -5,7 +5,16 @@ from typing import Any
 
 from topkast_jax import metrics, ops
 from topkast_jax._trees import axes, kernels, masks
-from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
+from topkast_jax._types import (
+    Axes,
+    Counts,
+    Leaf,
+    LeafMasks,
+    Masks,
+    Method,
+    Mixture,
+    SparseState,
+)
 from topkast_jax.convert import convert
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
@@ -17,6 +26,7 @@ from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
+from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import due, fan_in_normal, shapes, start
 from topkast_jax.plan import Plan
@@ -67,6 +77,7 @@ __all__ = [
     "LeafMasks",
     "Masks",
     "Method",
+    "Mixture",
     "NonFinite",
     "Plan",
     "Sparse",
@@ -93,6 +104,7 @@ __all__ = [
     "fan_in_normal",
     "first_due",
     "gather_groups",
+    "groups",
     "groups_of",
     "health",
     "kernels",

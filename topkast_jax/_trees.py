@@ -273,14 +273,15 @@ def masks(opt_state: PyTree) -> Masks:
     merged = states[0].sparse_masks
     for state in states[1:]:
         merged = Masks(*map(_merge, merged, state.sparse_masks))
-    return Masks(*map(_unmask, merged))
+    return Masks(*map(unmasked, merged))
 
 
 def _is_hole(node: PyTree) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _unmask(tree: PyTree) -> PyTree:
+def unmasked(tree: PyTree) -> PyTree:
+    """A tree with None where optax.masked has put its nodes."""
     return jax.tree.map(lambda x: None if _is_hole(x) else x, tree, is_leaf=_is_hole)
 
 

@@ -1,11 +1,11 @@
 """The words of the library as types: sets, masks, leaves, methods, state."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 PyTree: TypeAlias = Any
 KeyPath: TypeAlias = tuple[Any, ...]
@@ -45,7 +45,8 @@ class Counts(NamedTuple):
     """Sizes of A and B of one leaf: entries per slice of its stack axes.
 
     Where a structure has been applied: units per selection. The two are the same
-    without a structure.
+    without a structure. For methods whose sets change in size, A never holds fewer than
+    `forward` and B never more than `backward`.
     """
 
     forward: int
@@ -53,10 +54,15 @@ class Counts(NamedTuple):
 
 
 class LeafMasks(NamedTuple):
-    """A and B of one leaf, in the form of its layout."""
+    """A and B of one leaf, in the form of its layout.
+
+    `shrink` is by how much the magnitudes on A are smaller in alpha than in theta, a
+    number or an array that broadcasts against the leaf; None: they are the same.
+    """
 
     forward: Entries
     backward: Entries
+    shrink: Any = None
 
 
 class Masks(NamedTuple):
@@ -64,13 +70,15 @@ class Masks(NamedTuple):
 
     A leaf is None where the parameter is dense. In the masked layout `forward` (A) and
     `backward` (B) hold bool arrays; `probe` (P) holds a scalar bool for "everything", a
-    mask for a subset, and None where the method never probes. In the packed layout
-    `forward` holds an `Index`, which lists B with A first, and the others None.
+    mask for a subset, and None where the method never probes. `shrink` holds what alpha
+    is smaller by (`LeafMasks`), as a rule None. In the packed layout `forward` holds an
+    `Index`, which lists B with A first, and the others None.
     """
 
     forward: PyTree
     backward: PyTree
     probe: PyTree
+    shrink: PyTree = None
 
 
 @runtime_checkable
@@ -80,7 +88,8 @@ class View(Protocol):
     The arrays run over the entries that the layout holds: all of them in the masked
     layout, those of B in a packed one. `grad` is zero outside B and P. A method reads
     them elementwise. `size` is how many units compete in one selection, `counts` how
-    many of them A and B keep.
+    many of them A and B keep. `stats` is what `tx.update(..., stats=...)` was given for
+    this parameter, or None.
     """
 
     @property
@@ -97,6 +106,8 @@ class View(Protocol):
     def size(self) -> int: ...
     @property
     def learning_rate(self) -> Scalar | None: ...
+    @property
+    def stats(self) -> Any: ...
     @property
     def path(self) -> str: ...
     @property
@@ -119,12 +130,26 @@ class Leaf(View, Protocol):
         """The `k` units of largest score, among those marked; ties by position."""
         ...
 
-    def grow(self, score: "Score", k: Any, outside: Entries) -> Entries:
-        """The `k` candidates of largest score outside a set; ties in random order."""
+    def grow(
+        self, score: "Score", k: Any, outside: Entries, among: Entries | None = None
+    ) -> Entries:
+        """The `k` candidates of largest score outside a set, and within one if given;
+        ties in random order.
+        """
         ...
 
-    def draw(self, k: Any, outside: Entries | None = None) -> Entries:
-        """`k` random units of the whole leaf, outside a set."""
+    def draw(
+        self, k: Any, outside: Entries | None = None, among: Entries | None = None
+    ) -> Entries:
+        """`k` random units, outside a set, and within one if given."""
+        ...
+
+    def given(self, mask: Any, most: int) -> Entries:
+        """A set from a bool array of the parameter's shape, of at most so many units."""
+        ...
+
+    def count(self, entries: Entries) -> Any:
+        """Units of a set, for each selection; `top` and the rest take it."""
         ...
 
     def portion(self, share: Any, k: int) -> Any:
@@ -139,7 +164,9 @@ class Leaf(View, Protocol):
         """One of two sets, by a scalar bool that may be traced."""
         ...
 
-    def masks(self, forward: Entries, backward: Entries) -> LeafMasks:
+    def masks(
+        self, forward: Entries, backward: Entries, shrink: Any = None
+    ) -> LeafMasks:
         """A and B, as the state keeps them."""
         ...
 
@@ -163,11 +190,17 @@ class Method(NamedTuple):
       structure: which patterns the masks have.
       reservoir: whether entries off B keep their value (else they are zero).
       probe: whether the step before a refresh sees, but does not apply, the gradient
-        of every entry.
+        of entries outside B; "always": every step does.
+      candidates: `(leaf, memory, step) -> entries`, those whose gradient is seen in step
+        `step`; None for all of them.
       observe: `(grad, memory) -> memory`, every step.
       penalty: `(leaf) -> gradient` of the method's own penalty, added on B.
       adjust: `(update, leaf, memory) -> update`, after the inner optimizer, every step.
       needs_learning_rate: whether `adjust` reads `leaf.learning_rate`.
+      across: `([leaf], [memory], step) -> [(masks, memory)]`, in place of `refresh` where
+        parameters compete with each other.
+      fixed: whether A and B of every parameter keep their sizes (but for a last refresh
+        that makes B smaller); packed arrays need that.
     """
 
     name: str
@@ -178,11 +211,38 @@ class Method(NamedTuple):
     where: Any
     reservoir: bool
     structure: Any
-    probe: bool = False
+    probe: bool | Literal["always"] = False
+    candidates: Callable[[Leaf, Memory, Any], Entries] | None = None
     observe: Callable[[Array, Memory], Memory] | None = None
     penalty: Callable[[View], Array] | None = None
     adjust: Callable[[Array, View, Memory], Array] | None = None
     needs_learning_rate: bool = False
+    across: (
+        Callable[[list[Leaf], list[Memory], Any], list[tuple[LeafMasks, Memory]]] | None
+    ) = None
+    fixed: bool = True
+
+
+class Mixture(NamedTuple):
+    """Methods by parameter; from `tk.groups`.
+
+    Attributes:
+      rules: (pattern, method) pairs, the first that matches a path wins; None for dense.
+    """
+
+    rules: tuple[tuple[Any, Method | None], ...]
+
+    @property
+    def name(self) -> str:
+        names = dict.fromkeys(m.name if m else "dense" for _, m in self.rules)
+        return " + ".join(names)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return tuple(method for _, method in self.rules if method is not None)
+
+
+Methods: TypeAlias = Method | Mixture
 
 
 class SparseState(NamedTuple):
@@ -193,7 +253,8 @@ class SparseState(NamedTuple):
       sparse_seed: uint32, from which every random draw is derived.
       sparse_masks: A, B and P for this step.
       sparse_memory: tree like the parameters, the method's memory at sparse leaves.
-      sparse_reservoir: bool, whether entries off B keep their value.
+      sparse_reservoir: tree like the parameters, bool at sparse leaves: whether entries
+        off B keep their value.
       leaks: int32, updates whose gradient was nonzero outside B and P.
       nonfinite_step: int32, first update with NaN or Inf in a gradient, -1 if none.
       nonfinite_leaf: uint32, CRC-32 of the path of the first such parameter.
@@ -207,7 +268,7 @@ class SparseState(NamedTuple):
     sparse_seed: Array
     sparse_masks: Masks
     sparse_memory: PyTree
-    sparse_reservoir: Bool[Array, ""]
+    sparse_reservoir: PyTree
     leaks: Int[Array, ""]
     nonfinite_step: Int[Array, ""]
     nonfinite_leaf: Array

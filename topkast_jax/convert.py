@@ -13,7 +13,6 @@ from topkast_jax import _trees, forward
 from topkast_jax import plan as plan_lib
 from topkast_jax._trees import Parameter
 from topkast_jax._types import LeafMasks, PyTree, SparseState
-from topkast_jax.grid import Grid
 from topkast_jax.layouts import host
 from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.packed import Index
@@ -64,7 +63,8 @@ def convert(
     if len(states) != 1:
         raise ValueError(f"tk.convert: {len(states)} states of tk.sparse, not one")
     (state,) = states
-    if bool(state.sparse_reservoir) != recipe.method.reservoir:
+    reservoirs = map(bool, jax.tree.leaves(state.sparse_reservoir))
+    if any(kept != recipe.method.reservoir for kept in reservoirs):
         raise ValueError(
             f"tk.convert: {recipe.method.name} is not the method that trained: one of "
             "both keeps a reservoir"
@@ -140,7 +140,9 @@ def _dense(
         leaves.append(jnp.asarray(_put(units, p.array, index)))
     dense = treedef.unflatten(leaves)
     nothing = treedef.unflatten([None] * len(flat))
-    sparse = settled = forward.dense_masks(state)._replace(probe=nothing)
+    sparse = settled = forward.dense_masks(state)._replace(
+        probe=nothing, shrink=nothing
+    )
     if recipe.method.probe:
         due = bool(recipe.method.due and recipe.method.due(int(state.sparse_step) + 1))
         probes = [None if i is None else jnp.asarray(due) for i in indices]
@@ -171,8 +173,8 @@ def _packed(
     indices: dict[int, Index] = {}
     for site in plan_lib.sites(recipe.method, recipe.axes, flat):
         i = site.index
-        sets = LeafMasks(*(_set(site.grid, m[i]) for m in (forward_, backward)))
-        numbers = host.numbered(site.grid, *sets)
+        sets = LeafMasks(*(host.set_of(site.grid, m[i]) for m in (forward_, backward)))
+        numbers = host.numbered(site.grid, sets.forward, sets.backward)
         indices[i] = indexed(numbers, sets, site, recipe)
         units = site.grid.to_units(np.asarray(flat[i].array))
         if recipe.method.reservoir:
@@ -197,16 +199,6 @@ def _packed(
         ),
         store,
     )
-
-
-def _set(grid: Grid, mask: Any) -> np.ndarray:
-    """A mask of entries as a set of the host."""
-    units = grid.to_units(np.asarray(mask))
-    units = units[(..., *(0 for _ in grid.unit))]
-    if not grid.row_per_slice:
-        array, roles = grid.stored_array
-        units = units.reshape(array).transpose(*roles.stack, *roles.within)
-    return np.flatnonzero(units)
 
 
 def _put(units: np.ndarray, values: Any, index: Index) -> np.ndarray:

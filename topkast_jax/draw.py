@@ -135,17 +135,24 @@ def _host_constants(key: jax.Array, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(multiplier)[:, None], np.asarray(addend)[:, None]
 
 
-def ranks_on_host(key: jax.Array, places: np.ndarray, size: int) -> np.ndarray:
+def ranks_on_host(
+    key: jax.Array, places: np.ndarray, size: int, rows: np.ndarray | None = None
+) -> np.ndarray:
     """`random_order` at some positions only, in NumPy.
 
     Args:
       key: as for `random_order`.
-      places: [slices, n] positions within each slice.
+      places: [slices, n] positions within each slice; or [n] of the slices `rows`.
       size: of a slice.
+      rows: ascending, which slice each position lies in.
     Returns:
-      uint32 [slices, n].
+      uint32 of the shape of `places`.
     """
-    multiplier, addend = _host_constants(key, len(places))
+    if rows is None:
+        multiplier, addend = _host_constants(key, len(places))
+    else:
+        both = _host_constants(key, int(rows.max(initial=0)) + 1)
+        multiplier, addend = (x[rows, 0] for x in both)
     bits = bits_for(size)
     x = places.astype(np.uint32)
     for r in range(_ROUNDS):

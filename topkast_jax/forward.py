@@ -13,21 +13,29 @@ from topkast_jax.layouts.packed import BlockMatrix, Index, Probed, expand, scatt
 
 
 @jax.custom_jvp
-def _on_forward_set(theta: Any, forward: Any, seen: Any) -> Any:
-    """theta on A, zero elsewhere; the tangent passes on `seen`, B with P."""
+def _on_forward_set(theta: Any, forward: Any, seen: Any, shrink: Any) -> Any:
+    """alpha; the tangent of theta passes on `seen`, B with P."""
     del seen
-    return jnp.where(forward, theta, jnp.zeros_like(theta))
+    return _alpha(theta, forward, shrink)
 
 
 @_on_forward_set.defjvp
 def _on_forward_set_jvp(primals: Any, tangents: Any) -> Any:
-    theta, forward, seen = primals
+    theta, forward, seen, shrink = primals
     tangent = tangents[0]
     # where, never a product: 0 * NaN would let a masked NaN through.
     return (
-        _on_forward_set(theta, forward, seen),
+        _on_forward_set(theta, forward, seen, shrink),
         jnp.where(seen, tangent, jnp.zeros_like(tangent)),
     )
+
+
+def _alpha(theta: Any, forward: Any, shrink: Any) -> Any:
+    """theta on A, its magnitude less `shrink`; zero elsewhere."""
+    if shrink is not None:
+        shrunk = jnp.maximum(jnp.abs(theta) - shrink, 0)
+        theta = (jnp.sign(theta) * shrunk).astype(theta.dtype)
+    return jnp.where(forward, theta, jnp.zeros_like(theta))
 
 
 def sparsify(theta: PyTree, masks: Masks, expanded: bool | None = None) -> PyTree:
@@ -56,7 +64,7 @@ def sparsify(theta: PyTree, masks: Masks, expanded: bool | None = None) -> PyTre
       [[0.0, 1.0], [1.0, 1.0]]
     """
 
-    def leaf(forward: Any, backward: Any, probe: Any, value: Any) -> Any:
+    def leaf(forward: Any, backward: Any, probe: Any, shrink: Any, value: Any) -> Any:
         if forward is None:
             return value
         if isinstance(value, Probed):
@@ -65,9 +73,9 @@ def sparsify(theta: PyTree, masks: Masks, expanded: bool | None = None) -> PyTre
             by_unit = forward.multiplied if expanded is None else not expanded
             return BlockMatrix(value, forward) if by_unit else expand(value, forward)
         seen = backward if probe is None else backward | probe
-        return _on_forward_set(value, forward, seen)
+        return _on_forward_set(value, forward, seen, shrink)
 
-    return jax.tree.map(leaf, *masks, theta, is_leaf=_is_leaf)
+    return jax.tree.map(leaf, *masks[:3], _shrink(masks), theta, is_leaf=_is_leaf)
 
 
 def export(params: PyTree, opt_state: optax.OptState) -> PyTree:
@@ -87,20 +95,29 @@ def export(params: PyTree, opt_state: optax.OptState) -> PyTree:
       >>> export(params, tx.init(params))["kernel"].tolist()
       [[0.0, 0.0], [3.0, -4.0]]
     """
-    return apply_masks(params, _trees.masks(opt_state).forward)
+    masks = _trees.masks(opt_state)
+    return apply_masks(params, masks.forward, _shrink(masks))
 
 
-def apply_masks(params: PyTree, forward: PyTree) -> PyTree:
+def apply_masks(params: PyTree, forward: PyTree, shrink: PyTree = None) -> PyTree:
     """`params` on a tree of masks, exact zeros elsewhere; None leaves a leaf as it is."""
 
-    def leaf(mask: Any, param: Any) -> Any:
+    def leaf(mask: Any, less: Any, param: Any) -> Any:
         if mask is None:
             return param
         if isinstance(mask, Index):
             return expand(param, mask)
-        return jnp.where(mask, param, jnp.zeros_like(param))
+        return _alpha(param, mask, less)
 
-    return jax.tree.map(leaf, forward, params, is_leaf=_is_leaf)
+    less = _shrink(Masks(forward, None, None, shrink))
+    return jax.tree.map(leaf, forward, less, params, is_leaf=_is_leaf)
+
+
+def _shrink(masks: Masks) -> PyTree:
+    """The tree of what alpha is smaller by, also where all of it was left out."""
+    if masks.shrink is not None:
+        return masks.shrink
+    return jax.tree.map(lambda _: None, masks.forward, is_leaf=_is_leaf)
 
 
 def _is_leaf(node: Any) -> bool:

@@ -217,12 +217,31 @@ class Grid:
             return scores.reshape(self.array)
         return total(self.to_units(scores), len(self.unit)).reshape(self.units)
 
-    def of_entries(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
-        """Mask of units, from a mask of entries that is made of whole units."""
+    def of_entries(self, mask: Any) -> Any:
+        """Mask of units, from one of entries (NumPy or JAX) made of whole units."""
         if self.plain:
             return mask.reshape(self.array)
         units = self.to_units(mask)
         return units[(..., *(0 for _ in self.unit))].reshape(self.units)
+
+    def require(self, path: str, mask: np.ndarray, most: int) -> None:
+        """Raises ValueError unless a mask of entries is one of units, so many at most."""
+        if mask.shape != self.shape:
+            raise ValueError(f"{path!r} has shape {self.shape}, its mask {mask.shape}")
+        inside = tuple(range(2, 2 + len(self.unit)))
+        units = self.to_units(mask)
+        if (units.any(axis=inside) != units.all(axis=inside)).any():
+            raise ValueError(
+                f"the mask of {path!r} is not made of whole units of "
+                f"{self.structure.name}"
+            )
+        marks = np.asarray(self.of_entries(mask))
+        found = int(marks.sum(axis=self.roles.within).max(initial=0))
+        if found > most:
+            raise ValueError(
+                f"the mask of {path!r} has {found} units in one selection, and "
+                f"{most} are to be kept; lower the sparsity"
+            )
 
     def spread(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
         """Mask of entries, in the shape of the parameter, from a mask of units."""

@@ -84,10 +84,10 @@ def check(params: PyTree, opt_state: optax.OptState) -> None:
             "tk.sparsify(params, tk.masks(opt_state))"
         )
 
-    def require_zero(keys: Any, mask: Any, param: Any) -> None:
-        if mask is None:
+    def require_zero(keys: Any, b: Any, a: Any, reservoir: Any, param: Any) -> None:
+        if b is None or bool(reservoir):
             return
-        off = int(jnp.sum(~mask & (param != 0)))
+        off = int(jnp.sum(~(a | b) & (param != 0)))
         if off:
             raise ValueError(
                 f"{_trees.path_name(keys)!r}: {off} weights off the mask are not zero; "
@@ -96,11 +96,14 @@ def check(params: PyTree, opt_state: optax.OptState) -> None:
             )
 
     for state in _trees.find_states(opt_state):
-        if bool(state.sparse_reservoir) or int(state.sparse_step) == 0:
+        if int(state.sparse_step) == 0:
             continue
+        masks = _trees.masks(state)
         jax.tree_util.tree_map_with_path(
             require_zero,
-            _trees.masks(state).backward,
+            masks.backward,
+            masks.forward,
+            _trees.unmasked(state.sparse_reservoir),
             params,
             is_leaf=lambda x: x is None,
         )

@@ -1,5 +1,6 @@
 """The optax transformation: one update of an always-sparse network, on one screen."""
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,24 +12,24 @@ from jaxtyping import Array
 
 from topkast_jax import _trees, faults, packed
 from topkast_jax import plan as plan_lib
+from topkast_jax import sets as sets_lib
 from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import (
     LeafMasks,
-    Masks,
     Method,
+    Methods,
     PyTree,
-    Scalar,
     Schedule,
     SparseState,
 )
 from topkast_jax.layouts.masked import MaskedLeaf
-from topkast_jax.plan import Site
+from topkast_jax.plan import Group, Site
 from topkast_jax.transformation import LAYOUTS, Recipe, Reset, Sparse
 
 
 def sparse(
     inner: optax.GradientTransformation,
-    method: Method,
+    method: Methods,
     *,
     layout: str = "masked",
     seed: int | Array = 0,
@@ -51,7 +52,7 @@ def sparse(
 
     Args:
       inner: any optax optimizer.
-      method: `tk.top_kast(...)`, `tk.rigl(...)`, ...
+      method: `tk.top_kast(...)`, `tk.rigl(...)`, ...; or `tk.groups([...])` of them.
       layout: how sparse parameters are stored. "masked": dense arrays under bool masks.
         "packed": the entries of B alone, expanded where they are used; see `tk.start`.
         "block": as packed, but multiplied unit by unit; see `tk.ops.sparse_matmul`.
@@ -65,7 +66,8 @@ def sparse(
         runs beside the training (`tk.choose`); the masked layout does the same,
         as reference.
     Returns:
-      An optax transformation; its `update` needs `params`.
+      An optax transformation; its `update` needs `params`. It takes `stats`, a tree like
+      the parameters, for methods that read statistics of activations (`tk.gse`).
     Raises:
       ValueError: an unknown layout or reset, a missing learning rate, or a delay that is
         not shorter than the time between two refreshes. `init` raises
@@ -84,11 +86,17 @@ def sparse(
         raise ValueError(f"layout={layout!r} is not one of {LAYOUTS}")
     if reset not in ("init", "keep"):
         raise ValueError(f"reset={reset!r} is not one of ('init', 'keep')")
-    if method.needs_learning_rate and learning_rate is None:
-        raise ValueError(
-            f"{method.name}: a decoupled penalty is scaled by the learning rate; pass "
-            "tk.sparse(..., learning_rate=...), the one that the inner optimizer has"
-        )
+    for one in [method] if isinstance(method, Method) else method.methods:
+        if one.needs_learning_rate and learning_rate is None:
+            raise ValueError(
+                f"{one.name}: what it adds to an update is scaled by the learning rate; "
+                "pass tk.sparse(..., learning_rate=...), the inner optimizer's"
+            )
+        if layout != "masked" and not one.fixed:
+            raise ValueError(
+                f"layout={layout!r}: {one.name} changes how many entries a parameter "
+                'keeps, and packed arrays have one size; use layout="masked"'
+            )
     if layout != "masked" and reset == "keep":
         raise ValueError(
             f'reset="keep" needs layout="masked": in layout={layout!r} an entry outside '
@@ -107,41 +115,48 @@ def sparse(
         flat, treedef = _trees.parameters(params)
         key_seed = jnp.asarray(seed, jnp.uint32)
         sets, memory = {}, {}
-        found = plan_lib.sites(method, rules, flat)
-        for site in found:
+        groups = plan_lib.groups(method, rules, flat)
+        sites = [site for group in groups for site in group.sites]
+        for site in sites:
             value = jnp.asarray(flat[site.index].array)
             nothing = LeafMasks(*[jnp.zeros_like(value, bool)] * 2)
-            leaf = _view(site, value, nothing, value, key_seed, 0)
-            sets[site.index], memory[site.index] = method.init(leaf)
+            leaf = sets_lib.view(site, value, nothing, value, key_seed, 0)
+            sets[site.index], memory[site.index] = site.method.init(leaf)
+
+        def view(site: Site) -> MaskedLeaf:
+            i = site.index
+            value = jnp.asarray(flat[i].array)
+            return sets_lib.view(site, value, sets[i], value, key_seed, 0, memory[i])
+
         landed = [jnp.asarray(p.array) for p in flat]
-        if not method.reservoir:  # where the first update will put the parameters
-            for i, mine in sets.items():
-                landed[i] = _on(mine.backward, landed[i])
+        for site in sites:  # where the first update will put the parameters
+            if not site.method.reservoir:
+                i = site.index
+                landed[i] = _on(sets_lib.kept(site, sets), landed[i])
+        reservoirs = {s.index: jnp.asarray(s.method.reservoir) for s in sites}
         return SparseState(
             sparse_step=jnp.int32(0),
             sparse_seed=key_seed,
-            sparse_masks=_as_trees(treedef, sets, probe_for(found, 0)),
-            sparse_memory=_scatter(treedef, memory),
-            sparse_reservoir=jnp.asarray(method.reservoir),
+            sparse_masks=sets_lib.as_trees(
+                treedef, sets, sets_lib.probes(groups, view, 0)
+            ),
+            sparse_memory=sets_lib.tree_of(treedef, memory),
+            sparse_reservoir=sets_lib.tree_of(treedef, reservoirs),
             leaks=jnp.int32(0),
             nonfinite_step=jnp.int32(-1),
             nonfinite_leaf=jnp.uint32(0),
             nonfinite_count=jnp.int32(0),
             sparse_inner=inner.init(treedef.unflatten(landed)),
-            sparse_next=_pairs(treedef, sets) if refresh_delay else None,
+            sparse_next=sets_lib.pairs(treedef, sets) if refresh_delay else None,
         )
 
-    def due(step: Any) -> Array:
-        return jnp.asarray(False if method.due is None else method.due(step))
-
-    def probe_for(found: list[Site], step: Any) -> dict[int, Array]:
-        """P of a step: its gradient decides the refresh that is due one step later."""
-        if not method.probe:
-            return {}
-        return {site.index: due(jnp.int32(1) + step) for site in found}
-
     def update_fn(
-        updates: PyTree, state: SparseState, params: PyTree = None, **extra: Any
+        updates: PyTree,
+        state: SparseState,
+        params: PyTree = None,
+        *,
+        stats: PyTree = None,
+        **extra: Any,
     ) -> tuple[PyTree, SparseState]:
         if params is None:
             raise ValueError(
@@ -149,123 +164,157 @@ def sparse(
                 "tx.update(grads, opt_state, params)"
             )
         flat, treedef = _trees.parameters(params)
-        found = plan_lib.sites(method, rules, flat)
+        groups = plan_lib.groups(method, rules, flat)
+        sites = [site for group in groups for site in group.sites]
         theta = [jnp.asarray(p.array) for p in flat]
         raw = treedef.flatten_up_to(updates)
-        forward_, backward, probe = (
-            treedef.flatten_up_to(t) for t in state.sparse_masks
-        )
+        sets, probe = sets_lib.read_sets(treedef, state.sparse_masks)
         memory_ = treedef.flatten_up_to(state.sparse_memory)
-        sets = {s.index: LeafMasks(forward_[s.index], backward[s.index]) for s in found}
-        memory = {s.index: memory_[s.index] for s in found}
+        memory = {site.index: memory_[site.index] for site in sites}
+        seen_outside = [None] * len(flat)
+        if stats is not None:
+            seen_outside = treedef.flatten_up_to(stats)
         step = state.sparse_step
 
-        def view(site: Site, value: Array, at: Any, own: Any = None) -> MaskedLeaf:
+        def view(site: Site, value: Array, at: Any, now: Any = None) -> MaskedLeaf:
             i = site.index
-            args = (
-                (own or sets)[i],
+            return sets_lib.view(
+                site,
+                value,
+                (now.sets if now else sets)[i],
                 grads[i],
                 state.sparse_seed,
                 at,
-                memory[i],
+                (now.memory if now else memory)[i],
                 recipe.rate(step),
+                seen_outside[i],
             )
-            return _view(site, value, *args)
 
-        def off_mask(i: int, dtype: Any) -> Array:
+        def off_mask(site: Site, dtype: Any) -> Array:
             """What moves a weight to where it belongs off B: nowhere, or to zero."""
-            rest = jnp.zeros_like(theta[i]) if method.reservoir else -theta[i]
+            value = theta[site.index]
+            rest = jnp.zeros_like(value) if site.method.reservoir else -value
             return rest.astype(dtype)
+
+        def landed(site: Site, sets: Mapping[int, LeafMasks], u: Array) -> Array:
+            """An update on B; the rest stays, or goes to zero off the mask."""
+            mine, off = sets[site.index], off_mask(site, u.dtype)
+            if site.method.fixed:
+                return jnp.where(mine.backward, u, off)
+            rest = jnp.where(sets_lib.kept(site, sets), jnp.zeros_like(u), off)
+            return jnp.where(mine.backward, u, rest)
 
         # 1. The gradient on B and P. Anything nonzero elsewhere is a leak.
         grads = {}
         odd = {i: faults.count(g) for i, g in enumerate(raw) if i not in sets}
-        for i in sets:
-            seen = backward[i] if probe[i] is None else backward[i] | probe[i]
+        for site in sites:
+            i, seen = site.index, sets[site.index].backward
+            seen = seen if probe[i] is None else seen | probe[i]
             odd[i] = faults.count(raw[i], seen)
             grads[i] = _on(seen, raw[i])
-            if method.observe is not None:
-                memory[i] = method.observe(grads[i], memory[i])
+            if site.method.observe is not None:
+                memory[i] = site.method.observe(grads[i], memory[i])
 
         # 2. The inner optimizer sees B, with the method's own penalty.
         inward = list(raw)
-        for site in found:
-            i = site.index
-            inward[i] = _on(backward[i], grads[i])
-            if method.penalty is not None:
-                pull = method.penalty(view(site, theta[i], step))
-                inward[i] += _on(backward[i], pull).astype(raw[i].dtype)
+        for site in sites:
+            i, backward = site.index, sets[site.index].backward
+            inward[i] = _on(backward, grads[i])
+            if site.method.penalty is not None:
+                pull = site.method.penalty(view(site, theta[i], step))
+                inward[i] += _on(backward, pull).astype(raw[i].dtype)
         outward, inner_state = inner.update(
             treedef.unflatten(inward), state.sparse_inner, params, **extra
         )
 
         # 3. and 4. Its update counts on B only; without a reservoir, the rest lands on 0.
         u = treedef.flatten_up_to(outward)
-        for site in found:
+        for site in sites:
             i = site.index
-            if method.adjust is not None:
-                u[i] = method.adjust(u[i], view(site, theta[i], step), memory[i])
-            u[i] = jnp.where(backward[i], u[i], off_mask(i, u[i].dtype))
+            if site.method.adjust is not None:
+                u[i] = site.method.adjust(u[i], view(site, theta[i], step), memory[i])
+            u[i] = landed(site, sets, u[i])
 
         # 5. and 6. Masks of the next step, from the parameters after this one. With a
         # reservoir a refresh leaves u alone, so this is what apply_updates makes:
         # computed once, without writing u. Else it would be one more array every step.
-        ahead = _add(theta, u) if method.reservoir else None
+        everywhere = all(site.method.reservoir for site in sites)
+        ahead = _add(theta, u) if everywhere else None
 
-        def chosen(operand: _Moving) -> _Moving:
+        def chosen(group: Group, operand: _Moving) -> _Moving:
             moved = ahead or _add(theta, operand.u)
-            new_sets, new_memory = {}, {}
-            for site in found:
-                i = site.index
-                leaf = view(site, moved[i], step + 1, operand.sets)
-                new_sets[i], new_memory[i] = method.refresh(
-                    leaf, operand.memory[i], step + 1
-                )
-            return operand._replace(coming=new_sets, memory=new_memory)
+            choose = group.method.across or sets_lib.one_by_one(group.method)
+            leaves: list[Any] = [
+                view(site, moved[site.index], step + 1, operand) for site in group.sites
+            ]
+            memories = [operand.memory[site.index] for site in group.sites]
+            coming, kept = dict(operand.coming), dict(operand.memory)
+            found = choose(leaves, memories, step + 1)
+            for site, (masks, own) in zip(group.sites, found, strict=True):
+                coming[site.index], kept[site.index] = masks, own
+            return operand._replace(coming=coming, memory=kept)
 
-        def in_force(operand: _Moving) -> _Moving:
-            new_sets, new_u = operand.coming, list(operand.u)
-            for i in sets:
-                off = off_mask(i, u[i].dtype)
-                if not method.reservoir:
-                    new_u[i] = jnp.where(new_sets[i].backward, operand.u[i], off)
+        def in_force(group: Group, operand: _Moving) -> _Moving:
+            new_sets, new_u = dict(operand.sets), list(operand.u)
+            for site in group.sites:
+                i = site.index
+                new_sets[i] = operand.coming[i]
+                if not site.method.reservoir:
+                    new_u[i] = landed(site, new_sets, operand.u[i])
             new_inner = operand.inner
             if reset == "init":
                 fresh = inner.init(treedef.unflatten(_add(theta, new_u)))
-                changed = {i: new_sets[i].backward ^ backward[i] for i in sets}
+                changed = {
+                    s.index: new_sets[s.index].backward ^ operand.sets[s.index].backward
+                    for s in group.sites
+                }
                 new_inner = _reset(new_inner, fresh, flat, changed)
             return operand._replace(sets=new_sets, u=new_u, inner=new_inner)
 
-        def refreshed(operand: _Moving) -> _Moving:
-            return in_force(chosen(operand))
+        def refreshed(group: Group, operand: _Moving) -> _Moving:
+            return in_force(group, chosen(group, operand))
 
-        def if_finite(change: Any, operand: _Moving) -> _Moving:
+        def if_finite(change: Any, group: Group, operand: _Moving) -> _Moving:
             moved = ahead or _add(theta, operand.u)
-            finite = [jnp.all(jnp.isfinite(moved[i])) for i in sets]
-            return faults.when(jnp.stack(finite).all(), change, operand)
+            finite = [jnp.all(jnp.isfinite(moved[s.index])) for s in group.sites]
+            turn = partial(change, group)
+            return faults.when(jnp.stack(finite).all(), turn, operand)
 
         bad = jnp.stack([odd[i][0] for i in range(len(raw))])
         leaked = jnp.stack([leak for _, leak in odd.values()]).any()
-        coming = _read_pairs(treedef, state.sparse_next) if refresh_delay else sets
+        coming = (
+            sets_lib.read_sets(treedef, state.sparse_next)[0] if refresh_delay else sets
+        )
         after = _Moving(sets, memory, u, inner_state, coming)
-        if method.due is not None:
-            now = due(step + 1) & (bad == 0).all()
+        for group in groups:
+            if group.method.due is None:
+                continue
+            now = sets_lib.is_due(group.method, step + 1) & (bad == 0).all()
             change = refreshed
             if refresh_delay:
                 began = step + 1 - refresh_delay
-                after = faults.when(due(began) & (began > 0), in_force, after)
+                lands = sets_lib.is_due(group.method, began) & (began > 0)
+                after = faults.when(lands, partial(in_force, group), after)
                 change = chosen
-            after = faults.when(now, partial(if_finite, change), after)
+            after = faults.when(now, partial(if_finite, change, group), after)
+
+        def coming_view(site: Site) -> MaskedLeaf:
+            return view(site, theta[site.index], step + 1, after)
+
         return treedef.unflatten(after.u), SparseState(
             sparse_step=jnp.asarray(optax.safe_increment(step)),
             sparse_seed=state.sparse_seed,
-            sparse_masks=_as_trees(treedef, after.sets, probe_for(found, step + 1)),
-            sparse_memory=_scatter(treedef, after.memory),
+            sparse_masks=sets_lib.as_trees(
+                treedef, after.sets, sets_lib.probes(groups, coming_view, step + 1)
+            ),
+            sparse_memory=sets_lib.tree_of(treedef, after.memory),
             sparse_reservoir=state.sparse_reservoir,
             leaks=state.leaks + leaked.astype(jnp.int32),
             **faults.first_nonfinite(state, flat, bad),
             sparse_inner=after.inner,
-            sparse_next=_pairs(treedef, after.coming) if refresh_delay else None,
+            sparse_next=sets_lib.pairs(treedef, after.coming)
+            if refresh_delay
+            else None,
         )
 
     return Sparse(init_fn, update_fn, recipe)
@@ -283,86 +332,29 @@ class _Moving(NamedTuple):
     coming: dict[int, LeafMasks]
 
 
-def _require_time(method: Method, delay: int) -> None:
+def _require_time(methods: Methods, delay: int) -> None:
     """Raises ValueError where a refresh would be due before the last is in force."""
     if delay < 0:
         raise ValueError(f"refresh_delay={delay} must be at least 0")
     if delay == 0:
         return
-    if method.due is None:
-        raise ValueError(f"refresh_delay={delay}: {method.name} never refreshes")
-    if method.observe is not None:
-        raise ValueError(
-            f"refresh_delay={delay}: {method.name} keeps a memory that changes at every "
-            "step, and would be chosen from one that is out of date"
-        )
-    due = np.flatnonzero(method.due(np.arange(100_000)))
-    for one, two in pairwise(due.tolist()):
-        if two - one <= delay:
+    every = [methods] if isinstance(methods, Method) else methods.methods
+    if all(method.due is None for method in every):
+        raise ValueError(f"refresh_delay={delay}: {methods.name} never refreshes")
+    for method in every:
+        if method.observe is not None:
             raise ValueError(
-                f"refresh_delay={delay}: refreshes are due at steps {one} and {two}, "
-                "before the masks of the first would be in force; choose a shorter "
-                "delay, or refresh less often"
+                f"refresh_delay={delay}: {method.name} keeps a memory that changes at "
+                "every step, and would be chosen from one that is out of date"
             )
-
-
-def _view(
-    site: Site,
-    value: Array,
-    sets: LeafMasks,
-    grad: Array,
-    seed: Array,
-    step: Any,
-    memory: Any = (),
-    learning_rate: Scalar | None = None,
-) -> MaskedLeaf:
-    return MaskedLeaf(
-        value=value,
-        forward=sets.forward,
-        backward=sets.backward,
-        grad=grad,
-        path=site.path,
-        grid=site.grid,
-        counts=site.counts,
-        key=_trees.leaf_key(seed, site.path, step),
-        memory=memory,
-        learning_rate=learning_rate,
-    )
-
-
-def _on(mask: Array, x: Array) -> Array:
-    return jnp.where(mask, x, jnp.zeros_like(x))
-
-
-def _add(theta: list[Array], u: list[Array]) -> list[Array]:
-    """As optax.apply_updates."""
-    return [(t + d).astype(t.dtype) for t, d in zip(theta, u, strict=True)]
-
-
-def _scatter(treedef: Any, by_index: dict[int, Any]) -> PyTree:
-    """A tree like the parameters, None where an index is left out."""
-    return treedef.unflatten([by_index.get(i) for i in range(treedef.num_leaves)])
-
-
-def _as_trees(
-    treedef: Any, sets: dict[int, LeafMasks], probe: dict[int, Array]
-) -> Masks:
-    return Masks(
-        _scatter(treedef, {i: s.forward for i, s in sets.items()}),
-        _scatter(treedef, {i: s.backward for i, s in sets.items()}),
-        _scatter(treedef, probe),
-    )
-
-
-def _pairs(treedef: Any, sets: dict[int, LeafMasks]) -> Masks:
-    """As the state keeps them, apart from the masks that are in force."""
-    return _as_trees(treedef, sets, {})
-
-
-def _read_pairs(treedef: Any, masks: Masks) -> dict[int, LeafMasks]:
-    forward, backward = (treedef.flatten_up_to(tree) for tree in masks[:2])
-    pairs = enumerate(zip(forward, backward, strict=True))
-    return {i: LeafMasks(*pair) for i, pair in pairs if pair[0] is not None}
+        due = np.flatnonzero(sets_lib.is_due(method, np.arange(100_000)))
+        for one, two in pairwise(due.tolist()):
+            if two - one <= delay:
+                raise ValueError(
+                    f"refresh_delay={delay}: refreshes are due at steps {one} and "
+                    f"{two}, before the masks of the first would be in force; choose a "
+                    "shorter delay, or refresh less often"
+                )
 
 
 def _reset(
@@ -378,3 +370,12 @@ def _reset(
             for old, new, owner in zip(leaves, news, owners, strict=True)
         ]
     )
+
+
+def _on(mask: Array, x: Array) -> Array:
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _add(theta: list[Array], u: list[Array]) -> list[Array]:
+    """As optax.apply_updates."""
+    return [(t + d).astype(t.dtype) for t, d in zip(theta, u, strict=True)]

@@ -24,6 +24,7 @@ from topkast_jax.layouts.host import HostLeaf
 from topkast_jax.layouts.packed import Index, PackedLeaf
 from topkast_jax.layouts.store import Store
 from topkast_jax.plan import Site
+from topkast_jax.sets import tree_of
 from topkast_jax.transformation import Recipe, Sparse, recipe_of
 
 
@@ -153,9 +154,9 @@ def start(
         units = None if only_shape else site.grid.to_units(np.asarray(dense))
         if recipe.method.reservoir and units is not None:
             units = stores.add(store, site.path, units)
-        leaf = host_leaf(site, seed, 0, store.theta.get(site.path), dense.dtype)
+        leaf = host_leaf(site, seed, 0, units, dense.dtype)
         masks, memory[i] = recipe.method.init(leaf)
-        numbers = host.numbered(site.grid, *masks)
+        numbers = host.numbered(site.grid, masks.forward, masks.backward)
         indices[i] = indexed(numbers, masks, site, recipe)
         if units is None:
             key = jax.random.fold_in(leaf.key, _INITIAL)
@@ -347,20 +348,16 @@ def state_of(
     memory: dict[int, Any],
     theta: PyTree,
 ) -> SparseState:
+    reservoir = jnp.asarray(recipe.method.reservoir)
     return SparseState(
         sparse_step=jnp.int32(0),
         sparse_seed=seed,
         sparse_masks=Masks(*(tree_of(treedef, found) for found in (indices, {}, {}))),
         sparse_memory=tree_of(treedef, memory),
-        sparse_reservoir=jnp.asarray(recipe.method.reservoir),
+        sparse_reservoir=tree_of(treedef, dict.fromkeys(memory, reservoir)),
         leaks=jnp.int32(0),
         nonfinite_step=jnp.int32(-1),
         nonfinite_leaf=jnp.uint32(0),
         nonfinite_count=jnp.int32(0),
         sparse_inner=recipe.inner.init(theta),
     )
-
-
-def tree_of(treedef: Any, found: dict[int, Any]) -> PyTree:
-    """A tree like the parameters, None where an index is left out."""
-    return treedef.unflatten([found.get(i) for i in range(treedef.num_leaves)])

@@ -12,7 +12,7 @@ import optax
 from topkast_jax import _trees
 from topkast_jax import grid as grids
 from topkast_jax._trees import AxesRules, Parameter
-from topkast_jax._types import Axes, Counts, Method, PyTree
+from topkast_jax._types import Axes, Counts, Method, Methods, PyTree
 from topkast_jax.grid import Grid
 
 
@@ -26,6 +26,7 @@ class Site:
       grid: its units.
       counts: units of A and B per selection.
       asked: entries of A and B per slice, before the structure rounded them.
+      method: that chooses its sets.
     """
 
     index: int
@@ -33,17 +34,28 @@ class Site:
     grid: Grid
     counts: Counts
     asked: Counts
+    method: Method
 
     @property
     def axes(self) -> Axes:
         return self.grid.axes
 
 
-def sites(method: Method, rules: AxesRules, params: Sequence[Parameter]) -> list[Site]:
-    """The sparse parameters of a flattened tree, with the counts of the method.
+class Group(NamedTuple):
+    """Parameters that one method chooses for."""
+
+    method: Method
+    sites: list[Site]
+
+
+def groups(
+    methods: Methods, rules: AxesRules, params: Sequence[Parameter]
+) -> list[Group]:
+    """The sparse parameters of a flattened tree by method, with its counts.
 
     Raises:
-      ValueError: nothing selected, a pattern or axes that fit nothing, k = 0 somewhere.
+      ValueError: nothing selected, a pattern or axes that fit nothing, k = 0 somewhere,
+        a parameter that no rule of a mixture covers.
     """
     real = [
         (i, p)
@@ -52,27 +64,73 @@ def sites(method: Method, rules: AxesRules, params: Sequence[Parameter]) -> list
     ]
     shapes = {p.path: jnp.shape(p.array) for _, p in real}
     roles = rules.resolve(shapes)
-    unstacked = {
-        path: tuple(shape[a] for a in roles[path].within)
-        for path, shape in shapes.items()
-    }
-    chosen = set(_trees.selected(method.where, unstacked))
-    canonical = {p: _trees.slice_shape(shapes[p], roles[p]) for p in shapes}
-    copies = {p: _trees.slices(shapes[p], roles[p]) for p in shapes}
-    counts = method.counts(
-        {p: canonical[p] for p in shapes if p in chosen},
-        {p: copies[p] for p in shapes if p in chosen},
-    )
+    indices = {p.path: i for i, p in real}
     found = []
-    for i, p in real:
-        if p.path not in chosen:
-            continue
-        asked = counts[p.path]
-        grid = grids.grid(method.structure, p.path, shapes[p.path], roles[p.path])
-        whole = grid.structure.parts == grid.selections == grid.entries == 1
-        units = asked if whole else grid.quantise(asked)
-        found.append(Site(i, p.path, grid, units, asked))
+    for method, paths in _shared_out(methods, list(shapes)):
+        unstacked = {
+            path: tuple(shapes[path][a] for a in roles[path].within) for path in paths
+        }
+        chosen = set(_trees.selected(method.where, unstacked))
+        mine = [path for path in paths if path in chosen]
+        counts = method.counts(
+            {path: _trees.slice_shape(shapes[path], roles[path]) for path in mine},
+            {path: _trees.slices(shapes[path], roles[path]) for path in mine},
+        )
+        sites = []
+        for path in mine:
+            grid = grids.grid(method.structure, path, shapes[path], roles[path])
+            whole = grid.structure.parts == grid.selections == grid.entries == 1
+            units = counts[path] if whole else grid.quantise(counts[path])
+            site = Site(indices[path], path, grid, units, counts[path], method)
+            sites.append(site)
+        found.append(Group(method, sites))
     return found
+
+
+def sites(
+    methods: Methods, rules: AxesRules, params: Sequence[Parameter]
+) -> list[Site]:
+    """The sparse parameters of a flattened tree, in its order; see `groups`."""
+    found = [site for group in groups(methods, rules, params) for site in group.sites]
+    return sorted(found, key=lambda site: site.index)
+
+
+def method_of(methods: Methods, path: str) -> Method | None:
+    """The method that chooses for a parameter; None where a mixture keeps it dense.
+
+    Raises:
+      ValueError: no rule of a mixture covers it.
+    """
+    if isinstance(methods, Method):
+        return methods
+    for pattern, method in methods.rules:
+        if _trees.matches(pattern, path):
+            return method
+    raise ValueError(
+        f"tk.groups: no rule covers {path!r}; add one, or end with ('*', None) to keep "
+        "the rest dense"
+    )
+
+
+def _shared_out(
+    methods: Methods, paths: Sequence[str]
+) -> list[tuple[Method, list[str]]]:
+    """Paths by method, in the order of the rules."""
+    if isinstance(methods, Method):
+        return [(methods, list(paths))]
+    _trees.require_matches([p for p, _ in methods.rules], paths, "tk.groups")
+    owners = {path: method_of(methods, path) for path in paths}
+    distinct = list({id(m): m for m in methods.methods}.values())
+    out = []
+    for method in distinct:
+        mine = [path for path in paths if owners[path] is method]
+        if not mine:
+            raise ValueError(
+                f"tk.groups: earlier rules take every parameter from {method.name}; "
+                "put its rule before them"
+            )
+        out.append((method, mine))
+    return out
 
 
 class Row(NamedTuple):
@@ -163,14 +221,14 @@ def _numbers(rows: Sequence[Row]) -> tuple[str, str, str, str]:
 
 
 def make(
-    method: Method,
+    methods: Methods,
     inner: optax.GradientTransformation,
     rules: AxesRules,
     tree: PyTree,
 ) -> Plan:
-    """The plan of a method for a tree of parameters, or of their shapes."""
+    """The plan of methods for a tree of parameters, or of their shapes."""
     params, _ = _trees.parameters(tree)
-    found = {site.index: site for site in sites(method, rules, params)}
+    found = {site.index: site for site in sites(methods, rules, params)}
     owners = _trees.slots(jax.eval_shape(inner.init, tree), params)
     rows = []
     for i, param in enumerate(params):
@@ -192,5 +250,5 @@ def make(
         asked = None if kept == wanted else wanted
         rows.append(Row(param.path, shape, text, *kept, slots, asked))
     slotless = tuple(row.path for row in rows if row.sparse and not row.slots)
-    structure = method.structure.name
-    return Plan(method.name, tuple(rows), slotless, structure)
+    structures = dict.fromkeys(s.method.structure.name for s in found.values())
+    return Plan(methods.name, tuple(rows), slotless, " + ".join(structures))

@@ -86,7 +86,8 @@ def choose(
       >>> theta["kernel"].tolist()
       [2.0, 3.0, 1.0]
     """
-    recipe, job = recipe_for(tx, "tk.choose"), _Job(theta, opt_state, found)
+    recipe = recipe_for(tx, "tk.choose")
+    job = _Job(recipe, theta, opt_state, found)
     pool = ThreadPoolExecutor(1, thread_name_prefix="topkast-refresh")
     choices = pool.submit(job.select, recipe, store)
     pool.shutdown(wait=False)
@@ -120,7 +121,8 @@ def refresh(
     Raises:
       ValueError: NaN or Inf in theta, named by path; nothing has been changed then.
     """
-    recipe, job = recipe_for(tx, "tk.refresh"), _Job(theta, opt_state, found)
+    recipe = recipe_for(tx, "tk.refresh")
+    job = _Job(recipe, theta, opt_state, found)
     if chosen is None:
         choices = job.select(recipe, store)
     else:
@@ -173,7 +175,9 @@ class _Job:
       values: [slices, n_B, *unit].
     """
 
-    def __init__(self, theta: PyTree, opt_state: PyTree, found: PyTree) -> None:
+    def __init__(
+        self, recipe: Recipe, theta: PyTree, opt_state: PyTree, found: PyTree
+    ) -> None:
         states = _trees.find_states(opt_state)
         if len(states) != 1:
             raise ValueError(
@@ -199,7 +203,7 @@ class _Job:
                 continue
             path, grid = self.flat[i].path, index.grid
             slices = grid.whole[0]
-            self.sites[i] = _site(i, path, index)
+            self.sites[i] = _site(i, path, index, recipe)
             self.numbers[i] = np.array(index.index).reshape(slices, -1)
             value = np.asarray(self.flat[i].array).reshape(slices, -1, *grid.unit)
             if not np.isfinite(value.astype(np.float32, copy=False)).all():
@@ -234,7 +238,9 @@ class _Job:
             else:
                 leaf = self._listed(i)
             masks, memory = recipe.method.refresh(leaf, self.memory[i], self.step)
-            choices[i] = Choice(host.numbered(site.grid, *masks), masks, memory)
+            choices[i] = Choice(
+                host.numbered(site.grid, masks.forward, masks.backward), masks, memory
+            )
         return choices
 
     def left(self, i: int, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -274,9 +280,9 @@ class _Job:
         )
 
 
-def _site(i: int, path: str, index: Index) -> Site:
+def _site(i: int, path: str, index: Index, recipe: Recipe) -> Site:
     counts = PackedLeaf(index.index, index.index, index, path, index.index).counts
-    return Site(i, path, index.grid, counts, counts)
+    return Site(i, path, index.grid, counts, counts, recipe.method)
 
 
 def _source(old: np.ndarray, new: np.ndarray) -> np.ndarray:

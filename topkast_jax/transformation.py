@@ -7,7 +7,7 @@ import optax
 
 from topkast_jax import plan as plan_lib
 from topkast_jax._trees import AxesRules
-from topkast_jax._types import Method, PyTree, Schedule
+from topkast_jax._types import Methods, PyTree, Schedule
 from topkast_jax.plan import Plan
 
 Reset = Literal["init", "keep"]
@@ -18,7 +18,7 @@ class Recipe(NamedTuple):
     """The arguments of `tk.sparse`."""
 
     inner: optax.GradientTransformationExtraArgs
-    method: Method
+    method: Methods
     layout: str
     seed: Any
     axes: AxesRules

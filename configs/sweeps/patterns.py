@@ -33,7 +33,7 @@ SPARSITIES = {"90/80": (0.9, 0.8), "95/90": (0.95, 0.9), "80/70": (0.8, 0.7)}
 LEFT_OUT = {("blocks 64x64", "95/90")}
 LATE = {"fan-in of blocks 1x64"}  # as blocks 1x64 at 90/80
 SEEDS = (0, 1, 2)
-EVERY_JOB = {"steps": 500, "eval_every": 475, "save_every": 1000, "dense_steps": 0}
+EVERY_JOB = {"steps": 500, "eval_every": 500, "save_every": 1000, "dense_steps": 0}
 
 
 def get_sweep() -> list[dict[str, Any]]:

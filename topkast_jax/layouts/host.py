@@ -50,6 +50,7 @@ class HostLeaf:
     candidates: tuple[np.ndarray, np.ndarray] | None = None
     memory: Memory = ()
     learning_rate: Any = None
+    stats: Any = None
 
     @property
     def size(self) -> int:
@@ -72,7 +73,7 @@ class HostLeaf:
         chosen = _top_rows(units, _per_row(k, len(units)))
         return self._set(chosen, self.places)
 
-    def grow(self, score: Score, k: Any, outside: Set) -> Set:
+    def grow(self, score: Score, k: Any, outside: Set, among: Set | None = None) -> Set:
         """The `k` candidates of largest score outside a set; ties in random order."""
         if self.candidates is None or self.places is None:
             raise ValueError(
@@ -85,14 +86,19 @@ class HostLeaf:
         values = np.concatenate([self.value, np.zeros_like(gradients)], axis=1)
         wider = dataclasses.replace(self, value=values, grad=grads, places=places)
         units = total(np.asarray(score(wider, self.memory)), len(self.grid.unit))
-        taken = _contains(outside, self._keys(places))
+        keys = self._keys(places)
+        taken = _contains(outside, keys)
+        if among is not None:
+            taken |= ~_contains(among, keys)
         units = np.where(taken, -np.inf, units)
         ranks = draw.ranks_on_host(self.key, places, self.size)
         chosen = _top_rows(units, _per_row(k, len(units)), ranks)
         return self._set(chosen, places)
 
-    def draw(self, k: Any, outside: Set | None = None) -> Set:
-        """`k` random units of each selection, outside a set."""
+    def draw(self, k: Any, outside: Set | None = None, among: Set | None = None) -> Set:
+        """`k` random units of each selection, outside a set, and within one if given."""
+        if among is not None:
+            return self._draw_among(k, among, outside)
         rows = self.grid.count * self.grid.whole[0] // self.size
         wanted = _per_row(k, rows)
         taken = np.zeros(0, np.int64) if outside is None else outside
@@ -110,6 +116,28 @@ class HostLeaf:
                 return np.sort(keys[free & (order <= wanted[:, None])])
             ranks *= 2
 
+    def _draw_among(self, k: Any, among: Set, outside: Set | None) -> Set:
+        """As `draw`: the members that come first in the same random order."""
+        if outside is not None:
+            among = among[~_contains(outside, among)]
+        rows = self.grid.count * self.grid.whole[0] // self.size
+        row, place = np.divmod(among, self.size)
+        ranks = draw.ranks_on_host(self.key, place, self.size, row)
+        order = np.lexsort((ranks, row))
+        first = np.searchsorted(row, np.arange(rows))
+        turn = np.arange(len(among)) - first[row]  # rows ascend, also once ordered
+        return np.sort(among[order][turn < _per_row(k, rows)[row]])
+
+    def given(self, mask: np.ndarray, most: int) -> Set:
+        """A set from a bool array of the parameter's shape, of at most so many units."""
+        self.grid.require(self.path, mask, most)
+        return set_of(self.grid, mask)
+
+    def count(self, entries: Set) -> np.ndarray:
+        """Units of a set in each selection."""
+        rows = self.grid.count * self.grid.whole[0] // self.size
+        return np.bincount(entries // self.size, minlength=rows)
+
     def union(self, first: Set, second: Set) -> Set:
         """Union of two sets."""
         return np.union1d(first, second)
@@ -123,8 +151,13 @@ class HostLeaf:
         found = portion(share, k, self.grid, self.key)
         return found if isinstance(found, int) else np.asarray(found).reshape(-1)
 
-    def masks(self, forward: Set, backward: Set) -> LeafMasks:
+    def masks(self, forward: Set, backward: Set, shrink: Any = None) -> LeafMasks:
         """A and B, as `numbered` reads them."""
+        if shrink is not None:
+            raise ValueError(
+                f"{self.path!r}: alpha that is smaller than theta on A needs "
+                'layout="masked"'
+            )
         return LeafMasks(forward, backward)
 
     def _keys(self, places: np.ndarray) -> np.ndarray:
@@ -135,6 +168,16 @@ class HostLeaf:
         if places is None:
             return np.flatnonzero(chosen)
         return np.sort(self._keys(places)[chosen])
+
+
+def set_of(grid: Grid, mask: np.ndarray) -> Set:
+    """A mask of entries, made of whole units, as a set."""
+    units = grid.to_units(np.asarray(mask))
+    units = units[(..., *(0 for _ in grid.unit))]
+    if not grid.row_per_slice:
+        array, roles = grid.stored_array
+        units = units.reshape(array).transpose(*roles.stack, *roles.within)
+    return np.flatnonzero(units)
 
 
 def _per_row(k: Any, rows: int) -> np.ndarray:

@@ -24,6 +24,7 @@ class MaskedLeaf(NamedTuple):
     key: jax.Array
     memory: Memory = ()
     learning_rate: Scalar | None = None
+    stats: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,13 +43,16 @@ class MaskedLeaf(NamedTuple):
         """The `k` units of largest score, among those marked; ties by position."""
         return self._top(scores, k, among, None)
 
-    def grow(self, score: Score, k: Any, outside: Array) -> Array:
+    def grow(
+        self, score: Score, k: Any, outside: Array, among: Array | None = None
+    ) -> Array:
         """The `k` units of largest score outside a set; ties in random order.
 
         Random, because all-zero gradients tie, and growth must not pile up at the
         lowest positions then.
         """
-        return self._top(score(self, self.memory), k, ~outside, self.key)
+        allowed = ~outside if among is None else among & ~outside
+        return self._top(score(self, self.memory), k, allowed, self.key)
 
     def _top(
         self, scores: Array, k: Any, among: Array | None, key: jax.Array | None
@@ -58,12 +62,14 @@ class MaskedLeaf(NamedTuple):
         within = grid.roles.within
         return grid.spread(top_k(grid.scores(scores), k, within, allowed, key))
 
-    def draw(self, k: Any, outside: Array | None = None) -> Array:
-        """`k` random units, outside a set."""
+    def draw(
+        self, k: Any, outside: Array | None = None, among: Array | None = None
+    ) -> Array:
+        """`k` random units, outside a set, and within one if given."""
         grid = self.grid
         # Marks made from the value, so that the draw is sharded like it.
-        allowed = jnp.ones_like(self.value, bool) if outside is None else ~outside
-        allowed = grid.of_entries(allowed)
+        allowed = jnp.ones_like(self.value, bool) if among is None else among
+        allowed = grid.of_entries(allowed if outside is None else allowed & ~outside)
         return grid.spread(random_k(self.key, k, allowed.shape, grid.roles, allowed))
 
     def portion(self, share: Any, k: int) -> Any:
@@ -78,6 +84,17 @@ class MaskedLeaf(NamedTuple):
         """One of two sets, by a scalar bool that may be traced."""
         return jnp.where(condition, first, second)
 
-    def masks(self, forward: Array, backward: Array) -> LeafMasks:
+    def given(self, mask: Any, most: int) -> Array:
+        """A set from a bool array of the parameter's shape, of at most so many units."""
+        self.grid.require(self.path, mask, most)
+        return jnp.asarray(mask)
+
+    def count(self, entries: Array) -> Array:
+        """Units of a set: int32, the shape of `grid.array` with 1 for axes within."""
+        marks = self.grid.of_entries(entries)
+        within = self.grid.roles.within
+        return jnp.sum(marks, axis=within, keepdims=True, dtype=jnp.int32)
+
+    def masks(self, forward: Array, backward: Array, shrink: Any = None) -> LeafMasks:
         """A and B, as the state keeps them."""
-        return LeafMasks(jnp.asarray(forward), jnp.asarray(backward))
+        return LeafMasks(jnp.asarray(forward), jnp.asarray(backward), shrink)

@@ -134,6 +134,7 @@ class PackedLeaf:
     key: jax.Array
     memory: Memory = ()
     learning_rate: Scalar | None = None
+    stats: Any = None
 
     @property
     def forward(self) -> Bool[Array, "..."]:

@@ -17,6 +17,7 @@ from topkast_jax._types import (
     Schedule,
 )
 from topkast_jax.distribution import Distribution
+from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
 from topkast_jax.schedule import every
 from topkast_jax.score import gradient, magnitude
@@ -33,6 +34,7 @@ def set_(
     distribution: Distribution = distribution_lib.uniform,
     structure: Structure = unstructured,
     where: Where = kernels,
+    init: Init = "random",
 ) -> Method:
     """SET, sparse evolutionary training: drop by magnitude, grow at random.
 
@@ -49,6 +51,8 @@ def set_(
       distribution: how sparsity is spread over parameters.
       structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
+      init: the first A, "random", "magnitude" (the largest weights, for a network that
+        was trained before) or a tree of masks like the parameters.
     Returns:
       A `Method`.
     Raises:
@@ -70,7 +74,9 @@ def set_(
     def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
         return leaf.draw(n, outside=kept)
 
-    base = static(sparsity, distribution=distribution, structure=structure, where=where)
+    base = static(
+        sparsity, distribution=distribution, structure=structure, where=where, init=init
+    )
     method = _drop_grow(base, drop_fraction, refresh, grow)
     return method._replace(name="set")
 
@@ -83,6 +89,7 @@ def rigl(
     distribution: Distribution = distribution_lib.uniform,
     structure: Structure = unstructured,
     where: Where = kernels,
+    init: Init = "random",
 ) -> Method:
     """RigL: drop by magnitude, grow where the dense gradient is largest.
 
@@ -99,6 +106,8 @@ def rigl(
       distribution: how sparsity is spread over parameters.
       structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
+      init: the first A, "random", "magnitude" (the largest weights, for a network that
+        was trained before) or a tree of masks like the parameters.
     Returns:
       A `Method`.
     Raises:
@@ -118,7 +127,9 @@ def rigl(
     def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
         return leaf.grow(gradient, n, outside=kept)
 
-    base = static(sparsity, distribution=distribution, structure=structure, where=where)
+    base = static(
+        sparsity, distribution=distribution, structure=structure, where=where, init=init
+    )
     method = _drop_grow(base, drop_fraction, refresh, grow)
     return method._replace(name="rigl", probe=True)
 

@@ -6,6 +6,7 @@ from topkast_jax import distribution as distribution_lib
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Leaf, LeafMasks, Memory, Method
 from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.methods.initial import Init, starting_set
 from topkast_jax.structure import Structure, unstructured
 
 
@@ -15,18 +16,21 @@ def static(
     distribution: Distribution = distribution_lib.uniform,
     structure: Structure = unstructured,
     where: Where = kernels,
+    init: Init = "random",
 ) -> Method:
-    """A random mask, drawn once from the seed: A = B, weights off A are zero.
+    """A mask that never changes, drawn from the seed: A = B, weights off A are zero.
 
     Args:
       sparsity: fraction of zeros, in [0, 1).
       distribution: how sparsity is spread over parameters.
       structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
+      init: the first A, "random", "magnitude" (the largest weights, for a network that
+        was trained before) or a tree of masks like the parameters.
     Returns:
       A `Method` that never refreshes.
     Raises:
-      ValueError: a sparsity out of range.
+      ValueError: a sparsity or an `init` that makes no sense.
     Example:
       >>> import jax.numpy as jnp, optax, topkast_jax as tk
       >>> tx = tk.sparse(optax.sgd(0.1), tk.static(0.75))
@@ -35,13 +39,14 @@ def static(
       4
     """
     distribution_lib.require_sparsity(sparsity)
+    first = starting_set(init)
 
     def counts(shapes: Shapes, copies: Copies) -> Any:
         k = distribution(shapes, sparsity, copies)
         return distribution_lib.forward_and_backward(k, k, shapes)
 
     def init_masks(leaf: Leaf) -> tuple[LeafMasks, Memory]:
-        chosen = leaf.draw(leaf.counts.forward)
+        chosen = first(leaf, leaf.counts.forward)
         return leaf.masks(chosen, chosen), ()
 
     def keep_masks(leaf: Leaf, memory: Memory, step: Any) -> tuple[LeafMasks, Memory]:

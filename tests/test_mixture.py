@@ -1,0 +1,146 @@
+"""Different methods in one model, by ordered rules."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compilation import fast_compilation
+
+import topkast_jax as tk
+
+COMPILATION = fast_compilation()
+NAMES = ("attention", "body", "head", "static")
+RULES = [
+    ("head/*", None),
+    ("attention/*", tk.rigl(0.5, refresh=tk.every(2), drop_fraction=0.5)),
+    ("static/*", tk.static(0.75, structure=tk.fan_in())),
+    ("*", tk.top_kast(0.8, 0.6, refresh=tk.every(3), penalty=0.1)),
+]
+
+
+def params() -> Any:
+    keys = jax.random.split(jax.random.key(0), len(NAMES))
+    return {
+        name: {"kernel": jax.random.normal(key, (8, 10)), "bias": jnp.zeros(10)}
+        for name, key in zip(NAMES, keys, strict=True)
+    }
+
+
+def train(tx: Any, theta: Any, steps: int = 7) -> tuple[list[Any], list[Any]]:
+    """Parameters and states, before each step and after the last."""
+
+    @jax.jit
+    def step(theta: Any, state: Any, t: Any) -> Any:
+        def loss(theta: Any) -> jax.Array:
+            alpha = tk.sparsify(theta, tk.masks(state))
+            waves = [
+                jnp.sum((x - jnp.sin(t + i + jnp.arange(x.size)).reshape(x.shape)) ** 2)
+                for i, x in enumerate(jax.tree.leaves(alpha))
+            ]
+            return sum(waves, jnp.float32(0))
+
+        updates, state = tx.update(jax.grad(loss)(theta), state, theta)
+        return optax.apply_updates(theta, updates), state
+
+    thetas = [theta]
+    states = [jax.jit(tx.init, compiler_options=COMPILATION)(theta)]
+    for t in range(steps):
+        theta, state = step(thetas[-1], states[-1], t)
+        thetas.append(theta)
+        states.append(state)
+    return thetas, states
+
+
+def test_each_part_does_what_its_method_does_alone():
+    inner = optax.adam(0.05)
+    thetas, states = train(tk.sparse(inner, tk.groups(RULES), seed=3), params())
+    for name, method in (("attention", 1), ("static", 2), ("body", 3)):
+        rules = [(f"{name}/*", RULES[method][1]), ("*", None)]
+        alone = train(tk.sparse(inner, tk.groups(rules), seed=3), params())
+        for theta, state, other, mine in zip(thetas, states, *alone, strict=True):
+            # Terms of a sum do not see each other, so each part trains as if alone.
+            np.testing.assert_allclose(
+                theta[name]["kernel"], other[name]["kernel"], rtol=1e-6
+            )
+            np.testing.assert_array_equal(
+                tk.masks(state).forward[name]["kernel"],
+                tk.masks(mine).forward[name]["kernel"],
+            )
+    assert tk.masks(states[0]).forward["head"]["kernel"] is None
+    counts = {"attention": (40, 40), "static": (20, 20), "body": (16, 32)}
+    for theta, state in zip(thetas[1:], states[1:], strict=True):
+        tk.check(theta, state)
+        masks = tk.masks(state)
+        for name, (a, b) in counts.items():
+            assert int(masks.forward[name]["kernel"].sum()) == a
+            assert int(masks.backward[name]["kernel"].sum()) == b
+        off = ~np.asarray(masks.backward["attention"]["kernel"])
+        assert not np.asarray(theta["attention"]["kernel"])[off].any()
+
+
+def moved(states: list[Any], name: str) -> list[int]:
+    """Steps whose masks are not those of the step before."""
+    masks = [np.asarray(tk.masks(s).forward[name]["kernel"]) for s in states]
+    return [t for t in range(1, len(masks)) if (masks[t] != masks[t - 1]).any()]
+
+
+def test_every_part_keeps_its_own_time_and_its_own_reservoir():
+    thetas, states = train(tk.sparse(optax.sgd(0.1), tk.groups(RULES)), params())
+    assert moved(states, "attention") == [2, 4, 6]
+    assert moved(states, "static") == []
+    assert set(moved(states, "body")) <= {3, 6} and moved(states, "body")
+    off = ~np.asarray(tk.masks(states[1]).backward["body"]["kernel"])
+    before, after = (np.asarray(t["body"]["kernel"]) for t in thetas[:2])
+    assert before[off].any()  # the reservoir is there, and untouched
+    np.testing.assert_array_equal(before[off], after[off])
+    probe = tk.masks(states[1]).probe
+    assert bool(probe["attention"]["kernel"]) and probe["body"]["kernel"] is None
+
+
+def test_a_mixture_of_one_is_the_method_itself():
+    method = tk.top_kast(0.8, 0.6, refresh=tk.every(2))
+    one, two = (
+        train(tk.sparse(optax.adam(0.05), chosen), params())
+        for chosen in (method, tk.groups([("*", method)]))
+    )
+    jax.tree.map(np.testing.assert_array_equal, one[0], two[0])
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+
+
+def test_the_plan_names_all_methods():
+    tx = tk.sparse(optax.sgd(0.1), tk.groups(RULES))
+    plan = tk.plan(tx, params())
+    assert plan.method == "dense + rigl + static + top_kast"
+    rows = {row.path: row for row in plan.rows}
+    assert not rows["head/kernel"].sparse
+    assert rows["attention/kernel"].k_forward == 40
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([], "no rule names a method"),
+        ([("*", None)], "no rule names a method"),
+        ([("*", 0.9)], "which is no method"),
+    ],
+)
+def test_rules_that_make_no_sense(rules, message):
+    with pytest.raises(ValueError, match=message):
+        tk.groups(rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("body/*", tk.static(0.5))], "no rule covers 'attention/bias'"),
+        ([("*", tk.static(0.5)), ("tail/*", None)], "'tail/.' matches no parameter"),
+        ([("*", tk.static(0.5)), ("body/*", tk.rigl(0.5))], "put its rule before"),
+    ],
+)
+def test_rules_that_do_not_fit_the_parameters(rules, message):
+    tx = tk.sparse(optax.sgd(0.1), tk.groups(rules))
+    with pytest.raises(ValueError, match=message):
+        tx.init(params())
