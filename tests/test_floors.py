@@ -6,10 +6,10 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
-    ["distribution", "schedule", "score", "select", "structure", "grid"],
+    ["distribution", "schedule", "score", "select", "structure", "grid", "pairs"],
     ["layouts", "forward", "ops"],
     ["methods"],
-    ["mixture", "plan", "transformation", "faults", "sets", "packed", "refresh", "convert", "probe", "optimizer", "health",
+    ["mixture", "plan", "transformation", "statistics", "faults", "sets", "packed", "refresh", "convert", "probe", "optimizer", "health",
      "drop_in", "metrics", "sharding"],
     ["flax"],
 ]  # fmt: skip

@@ -25,12 +25,12 @@ from topkast_jax.layouts.journal import Journal
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
-from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
+from topkast_jax.methods import METHODS, gse, rigl, set_, static, top_kast
 from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import due, fan_in_normal, shapes, start
 from topkast_jax.plan import Plan
-from topkast_jax.probe import Found, probe, probe_leaf
+from topkast_jax.probe import Found, probe, probe_candidates, probe_leaf
 from topkast_jax.refresh import Chosen, choose, refresh
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
@@ -41,6 +41,7 @@ from topkast_jax.sharding import (
     sharding_specs,
     state_shardings,
 )
+from topkast_jax.statistics import Tapped, Taps, observe, tap, taps
 from topkast_jax.structure import (
     Structure,
     blocks,
@@ -84,6 +85,8 @@ __all__ = [
     "SparseState",
     "Store",
     "Structure",
+    "Tapped",
+    "Taps",
     "at",
     "axes",
     "blocks",
@@ -106,16 +109,19 @@ __all__ = [
     "gather_groups",
     "groups",
     "groups_of",
+    "gse",
     "health",
     "kernels",
     "load_store",
     "masks",
     "metrics",
     "n_of_m",
+    "observe",
     "ops",
     "packed_shardings",
     "plan",
     "probe",
+    "probe_candidates",
     "probe_leaf",
     "random_k",
     "reduce_gradients",
@@ -129,6 +135,8 @@ __all__ = [
     "start",
     "state_shardings",
     "static",
+    "tap",
+    "taps",
     "top_k",
     "top_k_tree",
     "top_kast",

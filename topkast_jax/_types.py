@@ -72,7 +72,8 @@ class Masks(NamedTuple):
     `backward` (B) hold bool arrays; `probe` (P) holds a scalar bool for "everything", a
     mask for a subset, and None where the method never probes. `shrink` holds what alpha
     is smaller by (`LeafMasks`), as a rule None. In the packed layout `forward` holds an
-    `Index`, which lists B with A first, and the others None.
+    `Index`, which lists B with A first, `probe` numbers of units for a subset (int32
+    [*stack, c], repeated, or in A, or -1 for none), and the others None.
     """
 
     forward: PyTree
@@ -89,7 +90,8 @@ class View(Protocol):
     layout, those of B in a packed one. `grad` is zero outside B and P. A method reads
     them elementwise. `size` is how many units compete in one selection, `counts` how
     many of them A and B keep. `stats` is what `tx.update(..., stats=...)` was given for
-    this parameter, or None.
+    this parameter, or None. `seen` is P of the step that `grad` is of, as a set; None
+    where that was everything, or nothing.
     """
 
     @property
@@ -108,6 +110,8 @@ class View(Protocol):
     def learning_rate(self) -> Scalar | None: ...
     @property
     def stats(self) -> Any: ...
+    @property
+    def seen(self) -> Any: ...
     @property
     def path(self) -> str: ...
     @property
@@ -144,6 +148,14 @@ class Leaf(View, Protocol):
         """`k` random units, outside a set, and within one if given."""
         ...
 
+    def pairs(
+        self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
+    ) -> Entries:
+        """The units that `n` draws with replacement hit in each selection, a row in
+        proportion to `inputs`, a column to `outputs`; `most` bounds an `n` that is traced.
+        """
+        ...
+
     def given(self, mask: Any, most: int) -> Entries:
         """A set from a bool array of the parameter's shape, of at most so many units."""
         ...
@@ -152,8 +164,10 @@ class Leaf(View, Protocol):
         """Units of a set, for each selection; `top` and the rest take it."""
         ...
 
-    def portion(self, share: Any, k: int) -> Any:
-        """`share * k` as a number of units of a selection; `top` and the rest take it."""
+    def portion(self, share: Any, k: int, up: bool = False) -> Any:
+        """`share * k` as a number of units of a selection, rounded, or up if asked;
+        `top` and the rest take it.
+        """
         ...
 
     def union(self, first: Entries, second: Entries) -> Entries:
@@ -192,7 +206,8 @@ class Method(NamedTuple):
       probe: whether the step before a refresh sees, but does not apply, the gradient
         of entries outside B; "always": every step does.
       candidates: `(leaf, memory, step) -> entries`, those whose gradient is seen in step
-        `step`; None for all of them.
+        `step`; None for all of them. In the packed layouts the leaf is one of B alone,
+        whose only verb is `pairs`.
       observe: `(grad, memory) -> memory`, every step.
       penalty: `(leaf) -> gradient` of the method's own penalty, added on B.
       adjust: `(update, leaf, memory) -> update`, after the inner optimizer, every step.
@@ -201,6 +216,8 @@ class Method(NamedTuple):
         parameters compete with each other.
       fixed: whether A and B of every parameter keep their sizes (but for a last refresh
         that makes B smaller); packed arrays need that.
+      statistics: what `tx.update(..., stats=...)` must be given, see `tk.taps`: "norms",
+        sums of magnitudes over the batch, or "sketches", sums with random signs.
     """
 
     name: str
@@ -221,6 +238,7 @@ class Method(NamedTuple):
         Callable[[list[Leaf], list[Memory], Any], list[tuple[LeafMasks, Memory]]] | None
     ) = None
     fixed: bool = True
+    statistics: Literal["norms", "sketches"] | None = None
 
 
 class Mixture(NamedTuple):

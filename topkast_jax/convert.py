@@ -145,7 +145,13 @@ def _dense(
     )
     if recipe.method.probe:
         due = bool(recipe.method.due and recipe.method.due(int(state.sparse_step) + 1))
+        drawn = treedef.flatten_up_to(state.sparse_masks.probe)
         probes = [None if i is None else jnp.asarray(due) for i in indices]
+        if recipe.method.candidates is not None:
+            probes = [
+                forward.listed(index, numbers) if _is_index(index) else None
+                for index, numbers in zip(indices, drawn, strict=True)
+            ]
         sparse = settled._replace(probe=treedef.unflatten(probes))
 
     def slot(old: Any, new: Any, index: Index) -> Any:
@@ -192,13 +198,31 @@ def _packed(
     inner = _inner(recipe, state.sparse_inner, flat, packed, indices, slot)
     memory = dict(enumerate(treedef.flatten_up_to(state.sparse_memory)))
     made = state_of(recipe, state.sparse_seed, treedef, indices, memory, packed)
+    masks = made.sparse_masks
+    if recipe.method.candidates is not None:
+        trees = (masks.forward, state.sparse_masks.probe, masks.probe)
+        rows = zip(*map(treedef.flatten_up_to, trees), strict=True)
+        probe = [None if row[0] is None else _numbers(*row) for row in rows]
+        masks = masks._replace(probe=treedef.unflatten(probe))
     return (
         packed,
-        state._replace(
-            sparse_masks=made.sparse_masks, sparse_inner=inner, sparse_next=None
-        ),
+        state._replace(sparse_masks=masks, sparse_inner=inner, sparse_next=None),
         store,
     )
+
+
+def _numbers(index: Index, mask: Any, like: Any) -> Any:
+    """A mask of units as numbers [*stack, c] by selection, the rest -1."""
+    grid = index.grid
+    units = grid.to_units(np.asarray(mask))
+    slices, at = np.nonzero(units[(..., *(0 for _ in grid.unit))])
+    row = slices * grid.selections + grid.selection_of(at)
+    order = np.argsort(row, kind="stable")
+    row, at = row[order], at[order]
+    rows = grid.whole[0] * grid.selections
+    found = np.full((rows, like.size // rows), -1, np.int32)
+    found[row, np.arange(len(row)) - np.searchsorted(row, row)] = at
+    return jnp.asarray(found.reshape(like.shape))
 
 
 def _put(units: np.ndarray, values: Any, index: Index) -> np.ndarray:

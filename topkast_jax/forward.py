@@ -152,11 +152,26 @@ def dense_masks(opt_state: PyTree) -> Masks:
     def backward(first: Any, second: Any) -> Any:
         return marks(first, jnp.array(True)) if isinstance(first, Index) else second
 
-    def everywhere(mask: Any, seen: Any) -> Any:
+    def everywhere(first: Any, mask: Any, seen: Any) -> Any:
         if mask is None:
             return None
+        if isinstance(first, Index) and seen is not None:
+            return listed(first, seen)
         return jnp.broadcast_to(False if seen is None else seen, mask.shape)
 
     a = jax.tree.map(forward, found.forward, is_leaf=_is_leaf)
     b = jax.tree.map(backward, found.forward, found.backward, is_leaf=_is_leaf)
-    return Masks(a, b, jax.tree.map(everywhere, a, found.probe, is_leaf=_is_leaf))
+    p = jax.tree.map(everywhere, found.forward, a, found.probe, is_leaf=_is_leaf)
+    return Masks(a, b, p)
+
+
+def listed(index: Index, numbers: Any) -> Array:
+    """Units of a parameter, given by number, as a bool array of its shape; -1 for none."""
+    grid = index.grid
+    flat = numbers.reshape(grid.whole[0], -1)
+    flat = jnp.where(flat < 0, grid.count, flat)
+    marks = jnp.zeros((grid.whole[0], grid.count), bool)
+    marks = jax.vmap(lambda m, at: m.at[at].set(True, mode="drop"))(marks, flat)
+    shaped = marks.reshape(*marks.shape, *(1 for _ in grid.unit))
+    found: Array = grid.from_units(jnp.broadcast_to(shaped, (*marks.shape, *grid.unit)))
+    return found

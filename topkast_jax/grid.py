@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -200,6 +201,90 @@ class Grid:
             self.shape
         )
 
+    def sides(self, inputs: Any, outputs: Any) -> tuple[Any, Any]:
+        """Numbers of inputs and of outputs as numbers of rows and columns of units.
+
+        Args:
+          inputs: shaped like the parameter, but for 1 along its outputs.
+          outputs: shaped like the parameter, but for 1 along window and inputs.
+        Returns:
+          [slices, rows] and [slices, columns], sums over the sides of a unit.
+        """
+        _, axes = self.split
+        stack = self.stack
+        found = []
+        for x, side in zip((inputs, outputs), self.structure.block, strict=True):
+            if self.cut is not None:
+                parts = self.structure.parts if x.shape[self.cut] > 1 else 1
+                before, after = x.shape[: self.cut], x.shape[self.cut + 1 :]
+                x = x.reshape(*before, parts, x.shape[self.cut] // parts, *after)
+            x = x.transpose(*axes.stack, *axes.window, *axes.inputs, *axes.outputs)
+            x = x.reshape(*x.shape[: len(stack)], -1, side)
+            x = total(x, 1)
+            where: Any = np if isinstance(x, np.ndarray) else jnp
+            x = where.broadcast_to(x, (*stack, x.shape[-1]))
+            found.append(x.reshape(self.whole[0], -1))
+        return found[0], found[1]
+
+    def places(self, slices: Any, rows: Any, columns: Any) -> tuple[Any, ...]:
+        """Where units lie in `array`, given by slice, row and column: an index per axis."""
+        if not self.plain:
+            if self.structure.scope == "group":
+                per = self.structure.group
+                return slices, rows // per, rows % per, columns
+            return slices, rows, columns
+        shape, axes = self.split
+        found: dict[int, Any] = {}
+        sides = (axes.stack, axes.window + axes.inputs, axes.outputs)
+        for group, number in zip(sides, (slices, rows, columns), strict=True):
+            for axis in reversed(group):
+                found[axis] = number % shape[axis]
+                number = number // shape[axis]
+        zero = slices * 0
+        return tuple(found.get(axis, zero) for axis in range(len(shape)))
+
+    def numbers(self, rows: Any, columns: Any) -> Any:
+        """Numbers of units within their slice (`to_units`), by row and column."""
+        if not self.plain:
+            return rows * self.units[-1] + columns
+        shape, axes = self.split
+        places = self.places(rows * 0, rows, columns)
+        return _raveled(
+            [places[a] for a in axes.within], [shape[a] for a in axes.within]
+        )
+
+    def within_selections(self, numbers: Any) -> Any:
+        """Positions in their selections of units that are given by number."""
+        array, roles, first = self._inside
+        where = _unraveled(numbers, array[first:])
+        return _raveled(
+            [where[a - first] for a in roles.within], [array[a] for a in roles.within]
+        )
+
+    def selection_of(self, numbers: Any) -> Any:
+        """In which selection of their slice units lie that are given by number."""
+        array, roles, first = self._inside
+        where = _unraveled(numbers, array[first:])
+        apart = [a for a in roles.stack if a >= first]
+        return _raveled([where[a - first] for a in apart], [array[a] for a in apart])
+
+    def of_selections(self, positions: Any) -> Any:
+        """Numbers of units, from positions [..., selections of a slice, n] in each."""
+        array, roles, first = self._inside
+        apart = [a for a in roles.stack if a >= first]
+        found: dict[int, Any] = {}
+        selection = np.arange(self.selections, dtype=np.int32)[:, None]
+        for axes, number in ((apart, selection), (roles.within, positions)):
+            parts = _unraveled(number, [array[a] for a in axes])
+            found |= dict(zip(axes, parts, strict=True))
+        inside = range(first, len(array))
+        return _raveled([found[a] for a in inside], [array[a] for a in inside])
+
+    @property
+    def _inside(self) -> tuple[tuple[int, ...], Axes, int]:
+        """`stored_array`, and how many of its axes count slices."""
+        return (*self.stored_array, len(self.stack) if self.plain else 1)
+
     def matrix(self, x: Any) -> Any:
         """A parameter without stack axes as [inputs, outputs]."""
         order = (*self.axes.window, *self.axes.inputs, *self.axes.outputs)
@@ -276,7 +361,31 @@ _PORTION = 2**32 - 1
 """Folded into a leaf's key for `portion`; no slice has this number."""
 
 
-def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
+def ceiling(share: Any, k: Any) -> Any:
+    """ceil(share * k), where a product within a millionth of an integer is that integer.
+
+    In floating point .07 * 100 is above 7, and differently so in every precision.
+
+    Args:
+      share: a number or a traced scalar.
+      k: an int, or an integer array.
+    Returns:
+      An int; int32 where something is an array.
+    Example:
+      >>> ceiling(0.07, 100), ceiling(0.2, 11)
+      (7, 3)
+    """
+    product = share * k
+    if isinstance(product, Array):
+        nearest = jnp.round(product)
+        same = abs(product - nearest) <= 1e-6 * product
+        return jnp.where(same, nearest, jnp.ceil(product)).astype(jnp.int32)
+    nearest = round(product)
+    same = abs(product - nearest) <= 1e-6 * product
+    return nearest if same else math.ceil(product)
+
+
+def portion(share: Any, k: int, grid: Grid, key: jax.Array, up: bool = False) -> Any:
     """`share * k` as a number of units of a selection.
 
     Rounded. Where a slice has several selections or groups, each is rounded up or down at random,
@@ -287,11 +396,14 @@ def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
       k: units that a selection keeps.
       grid: the units.
       key: of the leaf at this step.
+      up: rounded up, where a slice is one selection.
     Returns:
       An int, a scalar, or an array with one number for each selection, in the shape of
       `grid.array` with 1 for the axes within.
     """
     if grid.selections * grid.structure.parts == 1:
+        if up:
+            return ceiling(share, k)
         if not isinstance(share, Array):
             return round(share * k)
         return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
@@ -299,6 +411,23 @@ def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
     shape = [1 if a in within else n for a, n in enumerate(grid.array)]
     noise = jax.random.uniform(jax.random.fold_in(key, jnp.uint32(_PORTION)), shape)
     return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
+
+
+def _raveled(places: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Numbers in C order; of NumPy or JAX arrays."""
+    number: Any = 0
+    for place, length in zip(places, shape, strict=True):
+        number = number * length + place
+    return number
+
+
+def _unraveled(numbers: Any, shape: Sequence[int]) -> list[Any]:
+    """Inverse of `_raveled`."""
+    places = []
+    for length in reversed(shape):
+        places.append(numbers % length)
+        numbers = numbers // length
+    return places[::-1]
 
 
 def _matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:

@@ -194,7 +194,7 @@ def flops(params: PyTree, masks: Masks | None, uses: Mapping[str, int]) -> Flops
         size = a = b = sizes[path]
         if path in counts:
             a, b, size = counts[path]
-        if path in probe:
+        if path in backward and path in probe:
             b = _nnz(backward[path] | probe[path])
         dense += 3 * 2 * size * times
         sparse_forward += 2 * a * times

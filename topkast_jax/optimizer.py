@@ -67,7 +67,8 @@ def sparse(
         as reference.
     Returns:
       An optax transformation; its `update` needs `params`. It takes `stats`, a tree like
-      the parameters, for methods that read statistics of activations (`tk.gse`).
+      the parameters, for methods that read statistics of activations (`tk.gse`), from
+      `tk.taps`.
     Raises:
       ValueError: an unknown layout or reset, a missing learning rate, or a delay that is
         not shorter than the time between two refreshes. `init` raises
@@ -171,9 +172,7 @@ def sparse(
         sets, probe = sets_lib.read_sets(treedef, state.sparse_masks)
         memory_ = treedef.flatten_up_to(state.sparse_memory)
         memory = {site.index: memory_[site.index] for site in sites}
-        seen_outside = [None] * len(flat)
-        if stats is not None:
-            seen_outside = treedef.flatten_up_to(stats)
+        given = sets_lib.statistics((g.method for g in groups), treedef, stats)
         step = state.sparse_step
 
         def view(site: Site, value: Array, at: Any, now: Any = None) -> MaskedLeaf:
@@ -187,7 +186,8 @@ def sparse(
                 at,
                 (now.memory if now else memory)[i],
                 recipe.rate(step),
-                seen_outside[i],
+                given[i],
+                probe[i],
             )
 
         def off_mask(site: Site, dtype: Any) -> Array:

@@ -5,8 +5,9 @@ reservoir, lives in a `Store` in host memory. Masks change the arrays themselves
 refresh is a function of its own, between two updates: refresh.py.
 """
 
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from topkast_jax.layouts.host import HostLeaf
 from topkast_jax.layouts.packed import Index, PackedLeaf
 from topkast_jax.layouts.store import Store
 from topkast_jax.plan import Site
-from topkast_jax.sets import tree_of
+from topkast_jax.sets import is_due, statistics, tree_of
 from topkast_jax.transformation import Recipe, Sparse, recipe_of
 
 
@@ -41,7 +42,12 @@ def transformation(recipe: Recipe) -> Sparse:
         )
 
     def update_fn(
-        updates: PyTree, state: SparseState, params: PyTree = None, **extra: Any
+        updates: PyTree,
+        state: SparseState,
+        params: PyTree = None,
+        *,
+        stats: PyTree = None,
+        **extra: Any,
     ) -> tuple[PyTree, SparseState]:
         if params is None:
             raise ValueError("tk.sparse: update needs the parameters")
@@ -50,6 +56,7 @@ def transformation(recipe: Recipe) -> Sparse:
         indices = treedef.flatten_up_to(state.sparse_masks.forward)
         memory = treedef.flatten_up_to(state.sparse_memory)
         step = state.sparse_step
+        given = statistics([method], treedef, stats)
 
         def leaf(i: int) -> PackedLeaf:
             path = flat[i].path
@@ -73,14 +80,43 @@ def transformation(recipe: Recipe) -> Sparse:
             if method.adjust is not None:
                 u[i] = method.adjust(u[i], leaf(i), memory[i])
         bad = jnp.stack([faults.count(g)[0] for g in raw])
+        drawn = _draws(recipe, flat, indices, state.sparse_seed, step + 1, given)
+        masks = state.sparse_masks._replace(probe=tree_of(treedef, drawn))
         return treedef.unflatten(u), state._replace(
             sparse_step=jnp.asarray(optax.safe_increment(step)),
+            sparse_masks=masks,
             sparse_memory=treedef.unflatten(memory),
             sparse_inner=inner_state,
             **faults.first_nonfinite(state, flat, bad),
         )
 
     return Sparse(init_fn, update_fn, recipe)
+
+
+def _draws(
+    recipe: Recipe,
+    flat: list[_trees.Parameter],
+    indices: Sequence[Any],
+    seed: Any,
+    step: Any,
+    stats: Sequence[Any],
+) -> dict[int, Array]:
+    """P of a step as `Masks` keeps it, -1 throughout where no refresh comes after it."""
+    draw = recipe.method.candidates
+    if draw is None:
+        return {}
+    found = {}
+    now = is_due(recipe.method, jnp.int32(1) + step)
+    for i, index in enumerate(indices):
+        if not isinstance(index, Index):
+            continue
+        key = _trees.leaf_key(seed, flat[i].path, step)
+        leaf = PackedLeaf(None, None, index, flat[i].path, key, stats=stats[i])
+        made = functools.partial(draw, leaf, (), step)
+        nothing = jnp.full(jax.eval_shape(made).shape, -1, jnp.int32)
+        turn = functools.partial(lambda made, _: made(), made)
+        found[i] = faults.when(now, turn, nothing)
+    return found
 
 
 def fan_in_normal(key: jax.Array, index: Index, dtype: Any) -> Array:
@@ -257,7 +293,12 @@ def shapes(
         seed = jnp.asarray(recipe.seed, jnp.uint32)
         return state_of(recipe, seed, treedef, {}, dict.fromkeys(indices, ()), packed)
 
-    masks = Masks(*(tree_of(treedef, found) for found in (indices, {}, {})))
+    def drawn() -> Any:
+        seed = jnp.asarray(recipe.seed, jnp.uint32)
+        return _first_masks(recipe, seed, treedef, indices, packed).probe
+
+    sets = (tree_of(treedef, indices), tree_of(treedef, {}), jax.eval_shape(drawn))
+    masks = Masks(*sets)
     return packed, jax.eval_shape(state, packed)._replace(sparse_masks=masks)
 
 
@@ -352,7 +393,7 @@ def state_of(
     return SparseState(
         sparse_step=jnp.int32(0),
         sparse_seed=seed,
-        sparse_masks=Masks(*(tree_of(treedef, found) for found in (indices, {}, {}))),
+        sparse_masks=_first_masks(recipe, seed, treedef, indices, theta),
         sparse_memory=tree_of(treedef, memory),
         sparse_reservoir=tree_of(treedef, dict.fromkeys(memory, reservoir)),
         leaks=jnp.int32(0),
@@ -361,3 +402,12 @@ def state_of(
         nonfinite_count=jnp.int32(0),
         sparse_inner=recipe.inner.init(theta),
     )
+
+
+def _first_masks(
+    recipe: Recipe, seed: Any, treedef: Any, indices: dict[int, Index], theta: PyTree
+) -> Masks:
+    flat = _trees.parameters(theta)[0]
+    each = [indices.get(i) for i in range(len(flat))]
+    drawn = _draws(recipe, flat, each, seed, 0, [None] * len(flat))
+    return Masks(*(tree_of(treedef, found) for found in (indices, {}, drawn)))

@@ -153,7 +153,7 @@ def refresh(
     fresh = state_of(recipe, state.sparse_seed, job.treedef, indices, kept, packed)
     moved = _moved(state.sparse_inner, fresh.sparse_inner, job.flat, sources, indices)
     new_state = state._replace(
-        sparse_masks=fresh.sparse_masks,
+        sparse_masks=fresh.sparse_masks._replace(probe=state.sparse_masks.probe),
         sparse_memory=job.treedef.unflatten(memory),
         sparse_inner=moved,
     )
@@ -258,13 +258,17 @@ class _Job:
         site, value, found = self.sites[i], self.values[i], self.found[i]
         places, order = host.selection_places(site.grid, self.numbers[i])
         flat = value.reshape(-1, *site.grid.unit)[order]
-        grad, candidates = np.zeros_like(flat), None
+        grad, candidates, seen = np.zeros_like(flat), None, None
         if found is not None:
             grads = np.asarray(found.grad).reshape(-1, *site.grid.unit)
             grad = grads[order]
             there, place = host.selection_places(site.grid, np.asarray(found.index))
             others = np.asarray(found.candidates).reshape(-1, *site.grid.unit)[place]
             candidates = (there, others)
+            if found.seen is not None:
+                real = np.asarray(found.seen).reshape(-1)[place]
+                rows = np.arange(len(there), dtype=np.int64)[:, None]
+                seen = np.sort((there + site.grid.size * rows)[real])
         marks = np.ones(flat.shape[:2], bool)
         return HostLeaf(
             grid=site.grid,
@@ -277,6 +281,7 @@ class _Job:
             forward=marks,
             backward=marks,
             candidates=candidates,
+            seen=seen,
         )
 
 

@@ -1,6 +1,6 @@
 """The sets of sparse parameters in the masked layout, by index and as trees."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,7 @@ def view(
     memory: Any = (),
     learning_rate: Scalar | None = None,
     stats: Any = None,
+    seen: Any = None,
 ) -> MaskedLeaf:
     return MaskedLeaf(
         value=value,
@@ -75,6 +76,7 @@ def view(
         memory=memory,
         learning_rate=learning_rate,
         stats=stats,
+        seen=seen if jnp.ndim(seen) else None,
     )
 
 
@@ -106,6 +108,25 @@ def as_trees(
 def pairs(treedef: Any, sets: dict[int, LeafMasks]) -> Masks:
     """As the state keeps them, apart from the masks that are in force."""
     return as_trees(treedef, sets, {})
+
+
+def statistics(methods: Iterable[Method], treedef: Any, stats: PyTree) -> list[Any]:
+    """What `tx.update(..., stats=...)` was given, by parameter.
+
+    Raises:
+      ValueError: a method needs it, and there is nothing.
+    """
+    if stats is not None:
+        found: list[Any] = treedef.flatten_up_to(stats)
+        return found
+    for method in methods:
+        if method.statistics is not None:
+            raise ValueError(
+                f"{method.name} draws its candidates by statistics of activations, and "
+                "was given none: pass tx.update(..., stats=...), the gradient of the "
+                "loss with respect to tk.taps(...)"
+            )
+    return [None] * treedef.num_leaves
 
 
 def read_sets(treedef: Any, masks: Masks) -> tuple[dict[int, LeafMasks], list[Any]]:

@@ -5,6 +5,7 @@ share no code with the library but its public functions.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,12 @@ METHODS: dict[str, Callable[..., tk.Method]] = {
     "static": lambda refresh, **options: tk.static(FORWARD, **options),
     "set": lambda **options: tk.set_(FORWARD, drop_fraction=DROP, **options),
     "rigl": lambda **options: tk.rigl(FORWARD, drop_fraction=DROP, **options),
+    "gse": lambda **options: tk.gse(
+        FORWARD, drop_fraction=DROP, distribution=tk.uniform, **options
+    ),
 }
+PROBING = {"rigl": 0, "gse": None}
+"""Methods that see gradients off B before a refresh: axes of P, None as the leaf has."""
 
 
 def make_method(name: str, where: Any = tk.kernels) -> tk.Method:
@@ -263,19 +269,23 @@ def assert_selection(
     marks_new = in_slices(run, path, new[0][path])
     for was, now in zip(marks_old, marks_new, strict=True):
         k = was.sum()
-        assert (was & now).sum() >= k - round(DROP * k), path
+        # GSE rounds the number up, the others to the nearest.
+        assert (was & now).sum() >= k - math.ceil(DROP * k), path
 
 
 def assert_probes(run: Run, name: str) -> None:
-    """RigL sees all gradients in the step before a refresh; the others never do."""
+    """Some see gradients in the step before a refresh, all or a few; the others never do."""
     for state in run.states:
         probes = named(tk.masks(state).probe)
-        if name != "rigl":
+        if name not in PROBING:
             assert probes == {}
             continue
         assert probes.keys() == sets(state)[0].keys()
         want = (clock(state) + 1) % EVERY == 0
-        assert all(bool(probe) == want for probe in probes.values())
+        for path, probe in probes.items():
+            rank = PROBING[name]
+            assert probe.ndim == (sets(state)[0][path].ndim if rank is None else rank)
+            assert bool(probe.any()) == want, path
 
 
 def assert_off_mask(run: Run, name: str) -> None:

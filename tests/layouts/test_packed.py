@@ -24,6 +24,14 @@ METHODS: dict[str, Any] = {
     "rigl": lambda **o: tk.rigl(
         0.8, refresh=DUE, drop_fraction=tk.cosine(0.9, STEPS), **o
     ),
+    "gse": lambda **o: tk.gse(
+        0.8,
+        subset=1.5,
+        refresh=DUE,
+        drop_fraction=tk.cosine(0.9, STEPS),
+        distribution=tk.uniform,
+        **o,
+    ),
 }
 STRUCTURES = {
     "entries": tk.unstructured,
@@ -43,6 +51,8 @@ CELLS = [
     ("top_kast", "blocks", STACKED),
     ("top_kast", "n_of_m", STACKED),
     ("rigl", "blocks", PLAIN),
+    ("gse", "blocks", STACKED),
+    ("gse", "fan_in_blocks", STACKED),
 ]
 REST = [
     (name, structure, shape)

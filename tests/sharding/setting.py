@@ -87,6 +87,7 @@ def methods() -> dict[str, tk.Method]:
         "top_kast_random": tk.top_kast(0.75, 0.5, explore="random", **kast),
         "set": tk.set_(0.75, refresh=due),
         "rigl": tk.rigl(0.75, refresh=due),
+        "gse": tk.gse(0.75, refresh=due, drop_fraction=0.3),
     }
 
 

@@ -95,6 +95,7 @@ def run(full: bool) -> None:
         ("top_kast_random", "both", "auto"),
         ("set", "fsdp", "explicit"),
         ("rigl", "tensor", "auto"),
+        ("gse", "both", "explicit"),
     ]
     if full:
         cells = [(m, *pair) for m in methods() for pair in pairs]

@@ -1,32 +1,34 @@
 """Sparse products inside unmodified Linen models."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from topkast_jax._trees import path_name
 from topkast_jax._types import PyTree
-from topkast_jax.flax import contraction
-from topkast_jax.flax.contraction import Contraction
+from topkast_jax.flax import contraction, layers, observed
 from topkast_jax.layouts.packed import BlockMatrix, expand
 from topkast_jax.ops.api import choose
+from topkast_jax.statistics import Tapped
 
 Path = tuple[str, ...]
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
+T = TypeVar("T")
 
 
 def apply(model: nn.Module) -> Callable[..., Any]:
-    """`model.apply` for parameters that hold `tk.BlockMatrix` leaves.
+    """`model.apply` for parameters that hold `tk.BlockMatrix` or `tk.Tapped` leaves.
 
     nn.Dense, nn.DenseGeneral, nn.Einsum and 1x1 nn.Conv layers multiply by units, also
     inside nn.scan and nn.remat; no other layer can, so their parameters are expanded
     first. `routes` tells which is which. A kernel that the model also reads in another
-    way than by calling its layer (a tied output) must stay dense. Parameters without a
-    BlockMatrix go to `model.apply` as they are.
+    way than by calling its layer (a tied output) must stay dense. Where a kernel has taps
+    (`tk.tap`), the same layers and any nn.Conv give them statistics as their gradient;
+    for others that is an error. Parameters without either go to `model.apply` as they are.
 
     Args:
       model: any Linen module.
@@ -46,19 +48,28 @@ def apply(model: nn.Module) -> Callable[..., Any]:
     """
 
     def call(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not _sparse(variables["params"]):
+        plain = jax.tree.map(_without_tap, variables["params"], is_leaf=_is_special)
+        tapped = _leaves(variables["params"], Tapped)
+        if not _sparse(plain) and not tapped:
             return model.apply(variables, *args, **kwargs)
-        variables = {**variables, "params": nn.meta.unbox(variables["params"])}
+        given = nn.meta.unbox(variables["params"])
+        variables = {**variables, "params": nn.meta.unbox(plain)}
         reasons = _reasons(model, variables, *args, **kwargs)
+        if tapped:
+            dense = {
+                **variables,
+                "params": jax.tree.map(_dense, plain, is_leaf=_is_block),
+            }
+            observed.require(model.apply, dense, tapped, *args, **kwargs)
 
         def ready(path: Any, leaf: Any) -> Any:
+            if isinstance(leaf, Tapped):
+                return dataclasses.replace(leaf, value=ready(path, leaf.value))
             if isinstance(leaf, BlockMatrix) and reasons.get(_words(path), "unused"):
                 return expand(leaf.values, leaf.index)
             return leaf
 
-        params = jax.tree_util.tree_map_with_path(
-            ready, variables["params"], is_leaf=_is_block
-        )
+        params = jax.tree_util.tree_map_with_path(ready, given, is_leaf=_is_special)
         with nn.intercept_methods(_multiply):
             return model.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -108,9 +119,28 @@ def _words(path: Any) -> Path:
     return tuple(path_name(path).split("/"))
 
 
+def _is_special(node: Any) -> bool:
+    return isinstance(node, BlockMatrix | Tapped)
+
+
+def _without_tap(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, Tapped) else leaf
+
+
+def _dense(leaf: Any) -> Any:
+    """Zeros of the shape of a kernel, for calls that compute nothing."""
+    if not _is_block(leaf):
+        return leaf
+    return jnp.zeros(leaf.index.grid.shape, leaf.values.dtype)
+
+
 def _sparse(params: PyTree) -> dict[Path, BlockMatrix]:
-    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_block)[0]
-    return {_words(path): leaf for path, leaf in flat if _is_block(leaf)}
+    return _leaves(params, BlockMatrix)
+
+
+def _leaves(params: PyTree, kind: type[T]) -> dict[Path, T]:
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_special)[0]
+    return {_words(path): leaf for path, leaf in flat if isinstance(leaf, kind)}
 
 
 def _reasons(
@@ -122,6 +152,8 @@ def _reasons(
     """
     sparse = _sparse(variables["params"])
     found: dict[Path, str] = {}
+    if not sparse:
+        return found
 
     def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -132,13 +164,8 @@ def _reasons(
             found[path] = found.get(path) or why
         return out
 
-    def dense(leaf: Any) -> Any:
-        if not _is_block(leaf):
-            return leaf
-        return jnp.zeros(leaf.index.grid.shape, leaf.values.dtype)
-
     def call(variables: Any, *args: Any, **kwargs: Any) -> None:
-        params = jax.tree.map(dense, variables["params"], is_leaf=_is_block)
+        params = jax.tree.map(_dense, variables["params"], is_leaf=_is_block)
         with nn.intercept_methods(record):
             model.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -146,14 +173,8 @@ def _reasons(
     return found
 
 
-def _known(module: nn.Module) -> bool:
-    """Whether calling a module is what calling one of `_LAYERS` is."""
-    own = type(module).__call__
-    return any(isinstance(module, layer) and own is layer.__call__ for layer in _LAYERS)
-
-
 def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> str:
-    if not _known(module):
+    if not layers.known(module):
         name = type(module).__name__
         return f"{name} is not a Dense, DenseGeneral, Einsum or 1x1 Conv layer"
     for name in ("dot_general", "dot_general_cls"):
@@ -170,62 +191,43 @@ def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> 
     if grid.axes.stack != tuple(range(len(grid.axes.stack))):
         return "its stack axes do not come first"
     try:
-        x, how = _product(module, *args, **kwargs)
+        x, how = layers.product(module, *args, **kwargs)
         contraction.require(how, x.shape, grid.inner(len(grid.axes.stack)))
     except NotImplementedError as error:
         return str(error)
     return ""
 
 
-def _product(module: Any, x: Any, *more: Any, **named: Any) -> tuple[Any, Contraction]:
-    """What a layer called with these arguments multiplies by its kernel, and how.
-
-    Raises:
-      NotImplementedError: no plain product.
-    """
-    if isinstance(module, nn.Einsum):
-        (text,) = {module.einsum_str, *more, *named.values()} - {None}
-        return x, contraction.of_einsum(text, x.ndim)
-    if isinstance(module, nn.Conv):
-        return _pointwise(module, x)
-    axes, batch = (-1,), ()
-    features = tuple(np.atleast_1d(module.features).tolist())
-    if isinstance(module, nn.DenseGeneral):
-        axes = np.atleast_1d(module.axis).tolist()
-        batch = np.atleast_1d(module.batch_dims).tolist()
-    inputs = sorted(a % x.ndim for a in axes)
-    dimensions = ((inputs, range(len(inputs))), (batch, batch))
-    rank = len(inputs) + len(features)
-    return x, contraction.of_dot_general(dimensions, x.ndim, rank)
-
-
-def _pointwise(module: Any, x: Any) -> tuple[Any, Contraction]:
-    size = tuple(np.atleast_1d(module.kernel_size).tolist())
-    if set(size) != {1}:
-        raise NotImplementedError(f"Conv has a window of {'x'.join(map(str, size))}")
-    if module.feature_group_count != 1 or module.mask is not None:
-        raise NotImplementedError("Conv has feature groups or a mask")
-    if module.padding not in ("SAME", "VALID"):
-        raise NotImplementedError(f"Conv has the padding {module.padding!r}")
-    if set(np.atleast_1d(module.input_dilation or 1).tolist()) != {1}:
-        raise NotImplementedError("Conv dilates its input")
-    if module.conv_general_dilated or module.conv_general_dilated_cls:
-        raise NotImplementedError("the layer has a convolution of its own")
-    steps = tuple(np.broadcast_to(module.strides or 1, len(size)).tolist())
-    return contraction.of_pointwise(x, size, steps)
-
-
 def _multiply(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Interceptor: the layer's own call, with a sparse product for its kernel."""
+    """Interceptor: the layer's own call, with a sparse product for its kernel.
+
+    And with eyes on what goes in and comes out, where the kernel has taps.
+    """
     module: Any = context.module
-    if context.method_name != "__call__" or not _known(module):
+    if context.method_name != "__call__" or not layers.known(module):
         return next_call(*args, **kwargs)
     kernel: Any = module.get_variable("params", "kernel")
+    if isinstance(kernel, Tapped):
+        call = functools.partial(_alone, module, kernel.value)
+        if isinstance(kernel.value, BlockMatrix):
+            call = functools.partial(_by_units, module, kernel.value)
+        return observed.observe(module, call(*args, **kwargs), kernel, *args, **kwargs)
     if not isinstance(kernel, BlockMatrix):
         return next_call(*args, **kwargs)
-    x, *more = args
+    return _by_units(module, kernel, *args, **kwargs)
+
+
+def _alone(module: Any, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's call with this kernel."""
+    params = {**module.variables["params"], "kernel": kernel}
+    return module.clone().apply({"params": params}, *args, **kwargs)
+
+
+def _by_units(
+    module: Any, kernel: BlockMatrix, x: Any, *more: Any, **kwargs: Any
+) -> Any:
     bias = module.get_variable("params", "bias") if module.use_bias else None
     x, values, bias = module.promote_dtype(x, kernel.values, bias, dtype=module.dtype)
-    x, how = _product(module, x, *more, **kwargs)
+    x, how = layers.product(module, x, *more, **kwargs)
     y = contraction.multiply(x, BlockMatrix(values, kernel.index), how)
     return contraction.add_bias(y, bias, how)

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from topkast_jax import draw
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Score
 from topkast_jax.grid import Grid, portion, total
+from topkast_jax.pairs import draw as draw_pairs
 
 Set = Int[np.ndarray, " _"]
 """A set of units: sorted int64, selection * size + position within the selection."""
@@ -36,6 +37,7 @@ class HostLeaf:
       forward, backward: bool [selections, m].
       candidates: units outside A whose gradient was seen, (places, gradients), both
         [selections, c] and that with the unit behind; None without a probe.
+      seen: units whose gradient was asked for; None: all of them.
     """
 
     grid: Grid
@@ -51,6 +53,7 @@ class HostLeaf:
     memory: Memory = ()
     learning_rate: Any = None
     stats: Any = None
+    seen: Set | None = None
 
     @property
     def size(self) -> int:
@@ -146,9 +149,20 @@ class HostLeaf:
         """One of two sets."""
         return first if condition else second
 
-    def portion(self, share: Any, k: int) -> Any:
+    def pairs(
+        self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
+    ) -> Set:
+        """What `n` draws of a row and a column hit in each selection."""
+        del most
+        draws = draw_pairs(self.key, n, self.grid, inputs, outputs)
+        slices, rows, columns = (np.asarray(x).astype(np.int64) for x in draws)
+        units = self.grid.numbers(rows, columns)
+        keys = _to_keys(self.grid, slices * self.grid.count + units)
+        return np.unique(keys)
+
+    def portion(self, share: Any, k: int, up: bool = False) -> Any:
         """`share * k` as a number of units of a selection; see the masked layout."""
-        found = portion(share, k, self.grid, self.key)
+        found = portion(share, k, self.grid, self.key, up)
         return found if isinstance(found, int) else np.asarray(found).reshape(-1)
 
     def masks(self, forward: Set, backward: Set, shrink: Any = None) -> LeafMasks:
@@ -250,6 +264,21 @@ def _to_units(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return flat // grid.count, flat % grid.count
 
 
+def _to_keys(grid: Grid, flat: np.ndarray) -> np.ndarray:
+    """Selection keys of units, slice * units of a slice + number."""
+    if grid.row_per_slice:
+        return flat
+    array, roles = grid.stored_array
+    where = np.unravel_index(flat, array)
+    selection = np.ravel_multi_index(
+        [where[a] for a in roles.stack], [array[a] for a in roles.stack]
+    )
+    position = np.ravel_multi_index(
+        [where[a] for a in roles.within], [array[a] for a in roles.within]
+    )
+    return selection * grid.size + position
+
+
 def selection_places(grid: Grid, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads a list of units by selection.
 
@@ -261,18 +290,7 @@ def selection_places(grid: Grid, index: np.ndarray) -> tuple[np.ndarray, np.ndar
       list each of them stands.
     """
     slices = np.arange(len(index), dtype=np.int64)[:, None]
-    flat = (slices * grid.count + index).reshape(-1)
-    keys = flat
-    if not grid.row_per_slice:
-        array, roles = grid.stored_array
-        where = np.unravel_index(flat, array)
-        selection = np.ravel_multi_index(
-            [where[a] for a in roles.stack], [array[a] for a in roles.stack]
-        )
-        position = np.ravel_multi_index(
-            [where[a] for a in roles.within], [array[a] for a in roles.within]
-        )
-        keys = selection * grid.size + position
+    keys = _to_keys(grid, (slices * grid.count + index).reshape(-1))
     order = np.argsort(keys, kind="stable")
     rows = grid.whole[0] * grid.selections
     return keys[order].reshape(rows, -1) % grid.size, order.reshape(rows, -1)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
 from topkast_jax.grid import Grid, portion
+from topkast_jax.pairs import draw as draw_pairs
 from topkast_jax.select import random_k, top_k
 
 
@@ -25,6 +26,7 @@ class MaskedLeaf(NamedTuple):
     memory: Memory = ()
     learning_rate: Scalar | None = None
     stats: Any = None
+    seen: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,9 +74,27 @@ class MaskedLeaf(NamedTuple):
         allowed = grid.of_entries(allowed if outside is None else allowed & ~outside)
         return grid.spread(random_k(self.key, k, allowed.shape, grid.roles, allowed))
 
-    def portion(self, share: Any, k: int) -> Any:
+    def pairs(
+        self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
+    ) -> Array:
+        """What `n` draws of a row and a column hit in each selection; see `pairs.draw`."""
+        grid = self.grid
+        most = n if most is None else most
+        slices, rows, columns = draw_pairs(self.key, most, grid, inputs, outputs)
+        places = grid.places(slices, rows, columns)
+        if most is not n:  # draws beyond n fall outside
+            late = jnp.arange(most) >= jnp.reshape(
+                n, (-1, *(1 for _ in rows.shape[1:]))
+            )
+            places = (jnp.where(late, grid.array[0], places[0]), *places[1:])
+        # Marks made from the value, so that the set is sharded like it.
+        marks = jnp.zeros_like(self.value, bool)
+        marks = marks.reshape(grid.array) if grid.plain else jnp.zeros(grid.array, bool)
+        return grid.spread(marks.at[places].set(True, mode="drop"))
+
+    def portion(self, share: Any, k: int, up: bool = False) -> Any:
         """`share * k` as a number of units of a selection; see `grid.portion`."""
-        return portion(share, k, self.grid, self.key)
+        return portion(share, k, self.grid, self.key, up)
 
     def union(self, first: Array, second: Array) -> Array:
         """Union of two sets."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, Memory, Scalar
 from topkast_jax.grid import Grid
+from topkast_jax.pairs import draw as draw_pairs
 
 
 @functools.partial(
@@ -124,7 +125,7 @@ class PackedLeaf:
     """A `View` of the units of B.
 
     Sets are chosen on the host (`layouts.host`), where positions are lists of any
-    length.
+    length. Here are only the draws that a method asks to see the gradient of.
     """
 
     value: Array
@@ -135,6 +136,16 @@ class PackedLeaf:
     memory: Memory = ()
     learning_rate: Scalar | None = None
     stats: Any = None
+    seen: Any = None
+
+    def pairs(
+        self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
+    ) -> Array:
+        """Numbers of units that `n` draws hit in each selection, int32 [*stack, c]."""
+        del most
+        grid = self.index.grid
+        _, rows, columns = draw_pairs(self.key, n, grid, inputs, outputs)
+        return grid.numbers(rows, columns).reshape(*grid.stack, -1)
 
     @property
     def forward(self) -> Bool[Array, "..."]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from topkast_jax._types import Method
 from topkast_jax.methods.drop_grow import rigl, set_
+from topkast_jax.methods.gse import gse
 from topkast_jax.methods.static import static
 from topkast_jax.methods.top_kast import top_kast
 
@@ -12,4 +13,5 @@ METHODS: dict[str, Callable[..., Method]] = {
     "static": static,
     "set": set_,
     "rigl": rigl,
+    "gse": gse,
 }
