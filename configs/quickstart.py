@@ -7,7 +7,7 @@ section 4.2, where the model is a large Transformer-XL on enwik8.
 
 Other methods and sparsities, from the same file:
 
-    --config=configs/quickstart.py:method=dense|static|set|rigl|top_kast
+    --config=configs/quickstart.py:method=dense|static|set|rigl|gse|top_kast
     --config=configs/quickstart.py:forward=0.95,backward=0.9
     --config=configs/quickstart.py:layout=block,structure=fan_in:1x64
     --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
@@ -110,7 +110,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             # Selections apart, by which packed parameters are cut over a mesh.
             groups=1,
             groups_along="outputs",  # or "inputs", or ((glob, axis), ...)
-            distribution="uniform",  # or "erk", "erdos_renyi", {glob: sparsity}
+            # Or "erk", {glob: sparsity}.
+            distribution="erdos_renyi" if method == "gse" else "uniform",
         )
     if method == "top_kast":
         config.sparse.update(
@@ -127,6 +128,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.sparse.update(
             sparsity=forward,
             drop_fraction=0.3,  # share of A replaced at a refresh
+            drop_decay="cosine",  # to 0 at the last step, or "constant"
+            **refreshes,
+        )
+    elif method == "gse":
+        config.sparse.update(
+            sparsity=forward,
+            candidates="uniform",  # or "grabo", "graest", by statistics; "all": RigL
+            subset=1.0,  # candidates for each weight, at a refresh
+            scope="layer",  # or "global"
+            drop_fraction=0.2,  # share of A replaced at a refresh, at most
             drop_decay="cosine",  # to 0 at the last step, or "constant"
             **refreshes,
         )

@@ -154,6 +154,12 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         return found
 
     tx, method = transformed(cfg.sparse)
+    if method and method.statistics and not task.by_unit:
+        raise ValueError(
+            f"sparse.candidates: {method.name} draws by statistics of activations, and "
+            f"the model of task={cfg.task!r} is not called through tk.flax.apply; say "
+            "candidates=uniform"
+        )
     layout = cfg.sparse.get("layout", "masked") if method else "masked"
     packed = layout != "masked"
     where = cfg.sparse.get("reservoir", "memory") if packed else "memory"

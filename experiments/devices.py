@@ -27,8 +27,9 @@ def gradient(
     carry: PyTree,
     batch: Mapping[str, jax.Array],
     key: jax.Array,
+    zeros: PyTree,
 ) -> Any:
-    """`((loss, (carry, aux)), gradients)`, as `jax.value_and_grad` of the task's loss.
+    """`((loss, (carry, aux)), (gradients, statistics))` of the task's loss.
 
     Args:
       task: gives the loss, a mean over what counts in the batch, and that count.
@@ -37,7 +38,8 @@ def gradient(
       opt_state: holds the masks, cut likewise.
       carry: cut by rows.
       batch: cut by rows.
-      key: for dropout; every device draws its own.
+      key: for dropout and signs; every device draws its own.
+      zeros: from `tk.taps`; their gradients are the statistics.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     cut = tk.sharding_specs(shardings, meshes.AXES)
@@ -45,29 +47,33 @@ def gradient(
     of_state = tk.state_shardings(opt_state, params, shardings, meshes.replicated(mesh))
     cut_masks = tk.sharding_specs(tk.masks(of_state), meshes.AXES)
 
-    def local(params: PyTree, masks: Any, carry: PyTree, batch: Any, key: Any) -> Any:
+    def local(
+        params: PyTree, masks: Any, carry: PyTree, batch: Any, key: Any, zeros: PyTree
+    ) -> Any:
         own = jax.random.fold_in(key, jax.lax.axis_index(meshes.AXES))
         count = _count(task, batch)
         share = count / jax.lax.psum(count, meshes.AXES)
 
-        def objective(params: PyTree) -> Any:
+        def objective(params: PyTree, zeros: PyTree) -> Any:
             whole, everywhere = tk.gather_groups(params, masks, shardings, meshes.AXES)
             weights = tk.sparsify(whole, everywhere, expanded=not task.by_unit)
+            weights = tk.tap(weights, zeros, own)
             loss, (new, aux) = task.loss(weights, carry, batch, own)
             return loss * share, (new, jax.tree.map(lambda x: x * share, aux))
 
-        (loss, (new, aux)), found = jax.value_and_grad(objective, has_aux=True)(params)
+        both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        (loss, (new, aux)), (found, stats) = both(params, zeros)
         found = tk.reduce_gradients(found, shardings, meshes.AXES)
-        return (*jax.lax.psum((loss, aux), meshes.AXES), new, found)
+        return (*jax.lax.psum((loss, aux, stats), meshes.AXES), new, found)
 
-    loss, aux, carry, found = jax.shard_map(
+    loss, aux, stats, carry, found = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(cut, cut_masks, _rows(carry), _rows(batch), P()),
-        out_specs=(P(), P(), _rows(carry), cut),
+        in_specs=(cut, cut_masks, _rows(carry), _rows(batch), P(), P()),
+        out_specs=(P(), P(), P(), _rows(carry), cut),
         check_vma=False,
-    )(params, masks, carry, batch, key)
-    return (loss, (carry, aux)), found
+    )(params, masks, carry, batch, key, zeros)
+    return (loss, (carry, aux)), (found, stats)
 
 
 def _rows(tree: PyTree) -> PyTree:

@@ -98,6 +98,7 @@ def flops(
     uses: Mapping[str, int],
     probed: Sequence[bool],
     apart: bool = False,
+    drawn: float | None = None,
 ) -> tuple[float, float]:
     """FLOPs of some steps, and what the dense network would have taken.
 
@@ -108,7 +109,15 @@ def flops(
       probed: for each of the steps, whether its gradient was seen everywhere.
       apart: whether that took a pass of its own for every sparse parameter (`tk.probe`):
         forward, back, and the dense gradient of the one.
+      drawn: candidates for each entry of A whose gradient was seen, where it was not seen
+        everywhere; apart, they take one pass together.
     """
+    if drawn is not None and masks is not None:
+        quiet_masks = masks._replace(probe=jax.tree.map(lambda _: None, masks.probe))
+        each = tk.metrics.flops(params, quiet_masks, uses)
+        more = drawn * each.forward + (each.train if apart else 0)
+        spent = len(probed) * each.train + sum(map(bool, probed)) * more
+        return spent, len(probed) * each.dense
     if masks is None or not jax.tree.leaves(masks.probe):
         each = tk.metrics.flops(params, masks, uses)
         spent = len(probed) * each.train

@@ -155,23 +155,26 @@ def step(
     def run(
         state: State, batch: Mapping[str, jax.Array], key: jax.Array, step: Any
     ) -> tuple[State, Measures]:
-        def objective(theta: PyTree) -> Any:
+        def objective(theta: PyTree, zeros: PyTree) -> Any:
             weights = alpha(theta, state.opt_state, sparse, task.by_unit)
+            if sparse:
+                weights = tk.tap(weights, zeros, here)
             return task.loss(weights, state.carry, batch, here)
 
         here = jax.random.fold_in(key, step)
+        zeros = tk.taps(tx, state.params, state.opt_state) if sparse else None
         if shardings is not None:
-            (loss, (carry, aux)), grads = devices.gradient(
-                task, shardings.params, *state, batch, here
+            (loss, (carry, aux)), (grads, stats) = devices.gradient(
+                task, shardings.params, *state, batch, here, zeros
             )
         else:
-            (loss, (carry, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
-                state.params
-            )
+            both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+            (loss, (carry, aux)), (grads, stats) = both(state.params, zeros)
+        more = {"stats": stats} if sparse else {}
         bad = _nonfinite([loss, *jax.tree.leaves(grads)])
 
         def update() -> State:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, **more)
             return State(optax.apply_updates(state.params, updates), opt_state, carry)
 
         # A branch, not a select: that would hold a second copy of the state.

@@ -251,7 +251,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             masks = tk.masks(state.opt_state) if method else None
             probed = [refreshed(at.step - n) for n in range(len(measured))]
             apart = bool(run.packed and method and method.probe)
-            spent, dense = flops(state.params, masks, task.uses, probed, apart)
+            draws = bool(method and method.candidates)
+            drawn = cfg.sparse.get("subset", 1.0) if draws else None
+            spent, dense = flops(state.params, masks, task.uses, probed, apart, drawn)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
             if log_now:
                 row = train_row(at, masks, later(refreshed, run.delay), run.rate)

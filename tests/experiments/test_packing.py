@@ -23,8 +23,12 @@ RIGL: dict[str, Any] = dict(
 )  # fmt: skip
 
 
+GSE = RIGL | dict(method="gse", subset=1.5)
+
+
 def packed(tiny: Any, method: str = "top_kast", **changes: Any) -> Any:
-    config = tiny(**({"sparse": dict(RIGL)} if method == "rigl" else {}), **changes)
+    own = {"rigl": RIGL, "gse": GSE}
+    config = tiny(**({"sparse": dict(own[method])} if method in own else {}), **changes)
     config.sparse.layout = "packed"
     return config
 
@@ -34,7 +38,8 @@ def numbers(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=pytest.mark.slow) for m in ("rigl", "top_kast")]
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow) for m in ("rigl", "gse", "top_kast")],
 )
 def test_the_same_run_as_masked(tiny: Any, tmp_path: pathlib.Path, method: str) -> None:
     masked = packed(tiny, method)
@@ -45,7 +50,7 @@ def test_the_same_run_as_masked(tiny: Any, tmp_path: pathlib.Path, method: str) 
     for expected, found in zip(numbers(one), numbers(two), strict=True):
         assert expected.keys() == found.keys()
         for name, value in expected.items():
-            if name == "flops_fraction" and method == "rigl":
+            if name == "flops_fraction" and method in ("rigl", "gse"):
                 # A packed probe is a pass of its own for each parameter.
                 assert found[name] >= value
                 continue
@@ -71,10 +76,33 @@ def test_flops_of_a_packed_probe(tiny: Any, tmp_path: pathlib.Path) -> None:
     assert probed - quiet == 2 * (2 * 2 * kept) + 2 * whole
 
 
+def test_flops_of_drawn_candidates(tiny: Any, tmp_path: pathlib.Path) -> None:
+    """One pass for all parameters, whose gradient is that of B and of what was drawn."""
+    run = assembly.assemble(Watched(packed(tiny, "gse")))
+    state, _ = run.begin(tmp_path)
+    masks, uses = tk.masks(state.opt_state), run.task.uses
+    quiet, apart, within = (
+        position.flops(state.params, masks, uses, [probes], apart, drawn=1.5)[0]
+        for probes, apart in ((False, True), (True, True), (True, False))
+    )
+    kept = 128 * uses["hidden/kernel"] + 8 * uses["out/kernel"]
+    assert quiet == 2 * 3 * kept
+    assert within - quiet == 1.5 * 2 * kept
+    assert apart - quiet == 1.5 * 2 * kept + quiet
+
+
+def test_statistics_need_a_model_that_can_be_observed(tiny: Any) -> None:
+    config = packed(tiny, "gse")
+    config.sparse.candidates = "grabo"
+    with pytest.raises(ValueError, match="task='tiny' is not called through tk.flax"):
+        assembly.assemble(Watched(config))
+
+
 @pytest.mark.parametrize(
     ("method", "stop", "number"),
     [
         ("top_kast", 6, 8),
+        ("gse", None, 8),
         pytest.param("rigl", None, 4, marks=pytest.mark.slow),
         pytest.param("top_kast", 6, 4, marks=pytest.mark.slow),
         pytest.param("rigl", None, 8, marks=pytest.mark.slow),
