@@ -199,8 +199,6 @@ def test_statistics_are_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"candidates": "guess"}, "candidates='guess' is not one of"),
-        ({"scope": "model"}, "scope='model' is not one of"),
         ({"subset": 0.0}, "subset=0.0 must be above 0"),
         ({"drop_fraction": 1.5}, "drop_fraction=1.5 must lie in"),
         ({"scope": "global", "structure": tk.fan_in()}, "fan-in keeps the same number"),

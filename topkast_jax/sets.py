@@ -76,7 +76,7 @@ def view(
         memory=memory,
         learning_rate=learning_rate,
         stats=stats,
-        seen=seen if jnp.ndim(seen) else None,
+        seen=seen if getattr(seen, "ndim", 0) else None,
     )
 
 

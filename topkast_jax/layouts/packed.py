@@ -128,7 +128,7 @@ class PackedLeaf:
     length. Here are only the draws that a method asks to see the gradient of.
     """
 
-    value: Array
+    value: Any
     grad: Any
     index: Index
     path: str
