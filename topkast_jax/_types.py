@@ -123,7 +123,20 @@ class View(Protocol):
 
 
 @runtime_checkable
-class Leaf(View, Protocol):
+class Draws(View, Protocol):
+    """A view that can say which gradients a method wants to see."""
+
+    def pairs(
+        self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
+    ) -> Entries:
+        """The units that `n` draws with replacement hit in each selection, a row in
+        proportion to `inputs`, a column to `outputs`; `most` bounds an `n` that is traced.
+        """
+        ...
+
+
+@runtime_checkable
+class Leaf(Draws, Protocol):
     """A view that can also make sets: what a method sees when masks are chosen.
 
     Sets are made with the verbs only, which count units of the method's structure, so
@@ -146,14 +159,6 @@ class Leaf(View, Protocol):
         self, k: Any, outside: Entries | None = None, among: Entries | None = None
     ) -> Entries:
         """`k` random units, outside a set, and within one if given."""
-        ...
-
-    def pairs(
-        self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
-    ) -> Entries:
-        """The units that `n` draws with replacement hit in each selection, a row in
-        proportion to `inputs`, a column to `outputs`; `most` bounds an `n` that is traced.
-        """
         ...
 
     def given(self, mask: Any, most: int) -> Entries:
@@ -206,8 +211,8 @@ class Method(NamedTuple):
       probe: whether the step before a refresh sees, but does not apply, the gradient
         of entries outside B; "always": every step does.
       candidates: `(leaf, memory, step) -> entries`, those whose gradient is seen in step
-        `step`; None for all of them. In the packed layouts the leaf is one of B alone,
-        whose only verb is `pairs`.
+        `step`; None for all of them. Of the verbs, the leaf has only `pairs` in the packed
+        layouts (`Draws`).
       observe: `(grad, memory) -> memory`, every step.
       penalty: `(leaf) -> gradient` of the method's own penalty, added on B.
       adjust: `(update, leaf, memory) -> update`, after the inner optimizer, every step.
@@ -229,7 +234,7 @@ class Method(NamedTuple):
     reservoir: bool
     structure: Any
     probe: bool | Literal["always"] = False
-    candidates: Callable[[Leaf, Memory, Any], Entries] | None = None
+    candidates: Callable[[Any, Memory, Any], Entries] | None = None
     observe: Callable[[Array, Memory], Memory] | None = None
     penalty: Callable[[View], Array] | None = None
     adjust: Callable[[Array, View, Memory], Array] | None = None

@@ -12,6 +12,7 @@ import pytest
 from runs import assert_same, hook_training_data, kill_at, raw, rows, run_program
 
 import topkast_jax as tk
+from configs import quickstart
 from experiments import assembly, command, evaluate, packing, position
 from experiments.config import Watched
 from experiments.train import Stopped, train
@@ -288,6 +289,25 @@ def test_delayed_masks_and_an_interruption_between(
         )
     churned = [row["step"] for row in rows(whole, "train") if row.get("churn")]
     assert churned == [6, 8, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "candidates"),
+    [
+        ("masked", "grabo"),
+        ("packed", "graest"),
+        ("block,structure=fan_in:1x32", "grabo"),
+    ],
+)
+def test_statistics_out_of_the_quickstart(
+    tmp_path: pathlib.Path, layout: str, candidates: str
+) -> None:
+    config = quickstart.get_config(f"method=gse,smoke,layout={layout}")
+    config.sparse.candidates = candidates
+    train(config, tmp_path)
+    churned = [row["churn"] for row in rows(tmp_path, "train")]
+    assert len(churned) == 4 and max(churned) > 0
 
 
 @pytest.mark.slow

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 
 from topkast_jax import distribution as distribution_lib
 from topkast_jax._trees import Where, kernels
-from topkast_jax._types import Due, Entries, Leaf, LeafMasks, Memory, Method, Schedule
+from topkast_jax._types import (
+    Draws,
+    Due,
+    Entries,
+    Leaf,
+    LeafMasks,
+    Memory,
+    Method,
+    Schedule,
+    View,
+)
 from topkast_jax.distribution import Distribution
 from topkast_jax.grid import ceiling
 from topkast_jax.methods.initial import Init
@@ -123,16 +133,20 @@ def gse(
             return jnp.clip(jnp.asarray(drop_fraction(step)), 0, 1)
         return drop_fraction
 
-    def draw(leaf: Leaf, memory: Memory, step: Any) -> Entries:
+    def sides(leaf: View) -> tuple[Any, Any]:
+        if candidates == "uniform" or leaf.stats is None:
+            return None, None
+        return abs(leaf.stats.inputs), abs(leaf.stats.outputs)
+
+    def draw(leaf: Draws, memory: Memory, step: Any) -> Entries:
         del memory, step
-        sides: tuple[Any, Any] = (None, None)
-        if candidates != "uniform" and leaf.stats is not None:
-            sides = abs(leaf.stats.inputs), abs(leaf.stats.outputs)
-        if scope == "layer":
-            return leaf.pairs(ceiling(subset, leaf.counts.forward), *sides)
+        return leaf.pairs(ceiling(subset, leaf.counts.forward), *sides(leaf))
+
+    def draw_for_any_size(leaf: Leaf, memory: Memory, step: Any) -> Entries:
+        del memory, step
         now = leaf.count(leaf.top(magnitude(leaf), leaf.size, among=leaf.forward))
         most = ceiling(subset, leaf.size)
-        return leaf.pairs(ceiling(jnp.float32(subset), now), *sides, most=most)
+        return leaf.pairs(ceiling(jnp.float32(subset), now), *sides(leaf), most=most)
 
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any
@@ -148,12 +162,13 @@ def gse(
     base = static(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
+    sampled = draw if scope == "layer" else draw_for_any_size
     return base._replace(
         name="gse",
         refresh=refresh_masks,
         due=refresh,
         probe=True,
-        candidates=None if candidates == "all" else draw,
+        candidates=None if candidates == "all" else sampled,
         statistics=STATISTICS.get(candidates),
         across=_over_all(share) if scope == "global" else None,
         fixed=scope == "layer",
