@@ -179,7 +179,8 @@ def _packed(
     indices: dict[int, Index] = {}
     for site in plan_lib.sites(recipe.method, recipe.axes, flat):
         i = site.index
-        sets = LeafMasks(*(host.set_of(site.grid, m[i]) for m in (forward_, backward)))
+        masks = (np.asarray(m[i]) for m in (forward_, backward))
+        sets = LeafMasks(*(host.set_of(site.grid, mask) for mask in masks))
         numbers = host.numbered(site.grid, sets.forward, sets.backward)
         indices[i] = indexed(numbers, sets, site, recipe)
         units = site.grid.to_units(np.asarray(flat[i].array))
