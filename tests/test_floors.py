@@ -10,7 +10,7 @@ FLOORS = [
     ["layouts", "forward", "ops"],
     ["methods"],
     ["mixture", "plan", "transformation", "faults", "sets", "packed", "refresh", "convert", "probe", "optimizer", "health",
-     "drop_in", "metrics", "sharding"],
+     "drop_in", "mask_files", "metrics", "sharding"],
     ["flax"],
 ]  # fmt: skip
 # Within a floor: the later of two may import the earlier.

@@ -16,7 +16,7 @@ from topkast_jax._types import (
     SparseState,
 )
 from topkast_jax.convert import convert
-from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
+from topkast_jax.distribution import by_path, erdos_renyi, erk, of_masks, uniform
 from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.grid import Grid
@@ -25,6 +25,7 @@ from topkast_jax.layouts.journal import Journal
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
+from topkast_jax.mask_files import from_zeros, load_masks, save_masks
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
@@ -103,15 +104,18 @@ __all__ = [
     "fan_in",
     "fan_in_normal",
     "first_due",
+    "from_zeros",
     "gather_groups",
     "groups",
     "groups_of",
     "health",
     "kernels",
+    "load_masks",
     "load_store",
     "masks",
     "metrics",
     "n_of_m",
+    "of_masks",
     "ops",
     "packed_shardings",
     "plan",
@@ -121,6 +125,7 @@ __all__ = [
     "reduce_gradients",
     "refresh",
     "rigl",
+    "save_masks",
     "set_",
     "shapes",
     "sharding_specs",
