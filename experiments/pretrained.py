@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.flax
 
 PyTree = Any
 Rule = tuple[str, ...]
@@ -77,9 +78,12 @@ def _read(path: pathlib.Path) -> Mapping[str, Any]:
     if not path.exists():
         raise ValueError(f"init_from={str(path)!r}: there is no such file or folder")
     if path.suffix == ".safetensors":
-        from safetensors.flax import load_file
-
-        return dict(load_file(path))
+        try:
+            return dict(safetensors.flax.load_file(path))
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"init_from={str(path)!r} cannot be read, it may be cut short: {error}"
+            ) from error
     if not path.is_dir():
         raise ValueError(
             f"init_from={str(path)!r} must be a .safetensors file, or the folder of an "

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zipfile
 
 import numpy as np
 
@@ -77,9 +78,9 @@ def load_masks(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ValueError: a file that is not there, or that `save_masks` did not write.
     """
     try:
-        with np.load(file) as found:
-            arrays = dict(found)
-    except (OSError, ValueError) as error:
+        with pathlib.Path(file).open("rb") as stream:  # np.load would leave it open
+            arrays = dict(np.load(stream))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} holds no masks: {error}") from error
     masks = {}
     for name, shape in arrays.items():
