@@ -26,6 +26,7 @@ from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
 from topkast_jax.mask_files import from_zeros, load_masks, save_masks
+from topkast_jax.matching import Matched, matched_overlap
 from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
 from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
@@ -77,6 +78,7 @@ __all__ = [
     "Leaf",
     "LeafMasks",
     "Masks",
+    "Matched",
     "Method",
     "Mixture",
     "NonFinite",
@@ -113,6 +115,7 @@ __all__ = [
     "load_masks",
     "load_store",
     "masks",
+    "matched_overlap",
     "metrics",
     "n_of_m",
     "of_masks",
