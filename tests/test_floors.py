@@ -9,8 +9,8 @@ FLOORS = [
     ["distribution", "schedule", "score", "select", "structure", "grid"],
     ["layouts", "forward", "ops"],
     ["methods"],
-    ["plan", "transformation", "faults", "packed", "refresh", "convert", "probe", "optimizer", "health",
-     "drop_in", "metrics", "sharding"],
+    ["plan", "transformation", "faults", "sharding", "packed", "refresh", "convert", "probe", "optimizer",
+     "health", "drop_in", "metrics"],
     ["flax"],
 ]  # fmt: skip
 # Within a floor: the later of two may import the earlier.

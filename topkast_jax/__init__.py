@@ -26,6 +26,7 @@ from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import (
     gather_groups,
+    own_slices,
     packed_shardings,
     reduce_gradients,
     sharding_specs,
@@ -101,6 +102,7 @@ __all__ = [
     "metrics",
     "n_of_m",
     "ops",
+    "own_slices",
     "packed_shardings",
     "plan",
     "probe",
