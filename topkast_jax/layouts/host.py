@@ -126,11 +126,10 @@ class HostLeaf:
     def portion(self, share: Any, k: int) -> Any:
         """`share * k` as a number of units of a selection; see the masked layout."""
         found = portion(share, k, self.grid, self.key)
-        return (
-            found
-            if isinstance(found, int)
-            else np.asarray(found).reshape(-1)[self.rows]
-        )
+        if isinstance(found, int):
+            return found
+        numbers = np.asarray(found).reshape(-1)  # one for all, or one for each
+        return numbers[self.rows] if len(numbers) > 1 else numbers
 
     def masks(self, forward: Set, backward: Set) -> LeafMasks:
         """A and B, as `numbered` reads them."""
