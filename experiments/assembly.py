@@ -86,11 +86,12 @@ class Assembly(NamedTuple):
         if self.packed:
             folder = workdir / packing.THETA if self.in_files else None
             state, store = packing.begin(
-                self.task, self.tx, self.init_key, shardings, folder
+                self.task, self.tx, self.init_key, shardings, self.rules, folder
             )
             return state, packing.keep(store, workdir)
         init = states.initial(self.task, self.tx)
-        return jax.jit(init, out_shardings=shardings)(self.init_key), None
+        key = meshes.place_key(self.init_key, self.mesh)
+        return jax.jit(init, out_shardings=shardings)(key), None
 
     def saved(self, meta: Mapping[str, Any]) -> State:
         """ShapeDtypeStructs of the state in a checkpoint, in the layout that it has."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import topkast_jax as tk
-from experiments import packing, seal
+from experiments import distributed, packing, seal
 from experiments.state import State, is_sparse
 
 PyTree = Any
@@ -152,7 +152,9 @@ class Checkpoints:
         """Returns when the last save is complete on disk, and sealed."""
         if self._manager is not None and self._unsealed is not None:
             self._manager.wait_until_finished()
-            seal.close(self._unsealed)
+            if distributed.is_first():
+                seal.close(self._unsealed)
+            distributed.wait("sealed")
             self._unsealed = None
 
     def close(self) -> None:
@@ -165,7 +167,7 @@ class Checkpoints:
     def restore(
         self,
         prepare: Callable[[dict[str, Any]], State],
-        reservoir: Callable[[Any], tk.Store] | None = None,
+        reservoir: Callable[[Any, State], tk.Store] | None = None,
     ) -> Restored | None:
         """The newest checkpoint that can be read; None where there is none at all.
 
@@ -174,7 +176,8 @@ class Checkpoints:
         Args:
           prepare: `meta -> ShapeDtypeStructs` with the shardings to restore to; it may
             raise where the checkpoint is not wanted.
-          reservoir: what the checkpoint has noted of it -> the store of a packed layout.
+          reservoir: what the checkpoint has noted of it, and its state -> the store of a
+            packed layout.
         Raises:
           ValueError: there are checkpoints, but none can be read, or the newest intact
             one holds other arrays than those asked for.
@@ -188,7 +191,7 @@ class Checkpoints:
             state = State(**{name: found[name][0] for name in State._fields})
             store = None
             if "packed" in meta and reservoir is not None:
-                store = reservoir(meta["reservoir"])
+                store = reservoir(meta["reservoir"], state)
             return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()
@@ -285,7 +288,10 @@ class Checkpoints:
         taken = {path.name for path in folder.iterdir()}
         names = (str(step), *(f"{step}.{n}" for n in range(1, len(taken) + 1)))
         target = folder / next(name for name in names if name not in taken)
-        os.replace(self.folder / str(step), target)
+        distributed.wait("damaged")
+        if distributed.is_first():
+            os.replace(self.folder / str(step), target)
+        distributed.wait("set aside")
         if self._manager is not None:
             self._manager.reload()
         return target

@@ -46,11 +46,11 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
         totals: dict[str, np.ndarray] = {}
         carry = None
         for batch in itertools.islice(task.batches(split, seed=0, loop=False), batches):
-            placed = jax.device_put(batch, meshes.batch_shardings(mesh, batch, "batch"))
+            placed = meshes.place(batch, meshes.batch_shardings(mesh, batch, "batch"))
             if carry is None:
                 carry = task.carry(jax.tree.leaves(batch)[0].shape[0])
                 shardings = meshes.batch_shardings(mesh, carry, "carry")
-                carry = jax.device_put(carry, shardings)
+                carry = meshes.place(carry, shardings)
             sums, carry = metrics(alpha, carry, placed)
             for name, pair in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)

@@ -9,8 +9,8 @@ FLOORS = [
     ["distribution", "schedule", "score", "select", "structure", "grid"],
     ["layouts", "forward", "ops"],
     ["methods"],
-    ["mixture", "plan", "transformation", "faults", "sets", "packed", "refresh", "convert", "probe", "optimizer", "health",
-     "drop_in", "mask_files", "matching", "metrics", "sharding"],
+    ["mixture", "plan", "transformation", "faults", "sets", "sharding", "packed", "refresh", "convert", "probe",
+     "optimizer", "health", "drop_in", "mask_files", "matching", "metrics"],
     ["flax"],
 ]  # fmt: skip
 # Within a floor: the later of two may import the earlier.

@@ -38,6 +38,7 @@ from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import (
     gather_groups,
+    own_slices,
     packed_shardings,
     reduce_gradients,
     sharding_specs,
@@ -120,6 +121,7 @@ __all__ = [
     "n_of_m",
     "of_masks",
     "ops",
+    "own_slices",
     "packed_shardings",
     "plan",
     "probe",

@@ -14,6 +14,7 @@ from topkast_jax import plan as plan_lib
 from topkast_jax._trees import Parameter
 from topkast_jax._types import LeafMasks, PyTree, SparseState
 from topkast_jax.layouts import host
+from topkast_jax.layouts import share as shares
 from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.packed import Index
 from topkast_jax.layouts.store import Folder, Store
@@ -43,7 +44,8 @@ def convert(
     Returns:
       params, opt_state and store for `tx`; an empty store in the masked layout.
     Raises:
-      ValueError: another method, or masks that are chosen and not yet in force.
+      ValueError: another method, masks that are chosen and not yet in force, or
+        parameters over several processes.
     Example:
       >>> import topkast_jax as tk
       >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
@@ -59,6 +61,12 @@ def convert(
       [[1.0, -2.0], [3.0, -4.0]]
     """
     recipe = recipe_of(tx, "tk.convert")
+    for p in _trees.parameters(params)[0]:
+        if not getattr(p.array, "is_fully_addressable", True):
+            raise ValueError(
+                f"tk.convert: {p.path!r} lies on devices of several processes; save a "
+                "checkpoint, and convert it in one process"
+            )
     states = _trees.find_states(opt_state)
     if len(states) != 1:
         raise ValueError(f"tk.convert: {len(states)} states of tk.sparse, not one")
@@ -136,7 +144,8 @@ def _dense(
         grid = index.grid
         units = np.zeros((grid.whole[0], grid.count, *grid.unit), p.array.dtype)
         if recipe.method.reservoir:
-            units = np.array((store or Store()).array(p.path, units.shape))
+            own = shares.whole(grid).of
+            units = np.array((store or Store()).array(p.path, units.shape, own))
         leaves.append(jnp.asarray(_put(units, p.array, index)))
     dense = treedef.unflatten(leaves)
     nothing = treedef.unflatten([None] * len(flat))
@@ -174,12 +183,13 @@ def _packed(
     for site in plan_lib.sites(recipe.method, recipe.axes, flat):
         i = site.index
         sets = LeafMasks(*(host.set_of(site.grid, m[i]) for m in (forward_, backward)))
-        numbers = host.numbered(site.grid, sets.forward, sets.backward)
-        indices[i] = indexed(numbers, sets, site, recipe)
+        share = shares.whole(site.grid)
+        numbers = host.numbered(site.grid, sets, len(share.own))
+        indices[i] = indexed(numbers, sets, share, recipe)
         units = site.grid.to_units(np.asarray(flat[i].array))
         if recipe.method.reservoir:
             units = stores.add(store, site.path, units)
-        theta[i] = taken(units, numbers, site)
+        theta[i] = taken(units, numbers, share)
     packed = treedef.unflatten(theta)
 
     def slot(old: Any, new: Any, index: Index) -> Any:

@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from topkast_jax import _trees
 from topkast_jax._types import PyTree
 from topkast_jax.layouts.packed import Index, Probed, scatter
 from topkast_jax.select import top_k
+
+P: Any = PartitionSpec
 
 
 @functools.partial(
@@ -66,8 +69,21 @@ def probe(
         key = _trees.leaf_key(state.sparse_seed, flat[i].path, state.sparse_step + 1)
         one = probe_leaf(loss, i, theta, opt_state, index, key, args)
         one.grad.block_until_ready()  # so that two never overlap
-        found.append(one)
+        found.append(_readable(one, index))
     return treedef.unflatten(found)
+
+
+def _readable(found: Found, index: Index) -> Found:
+    """What was found, where every process can read its slices of it."""
+    lies = index.index.sharding
+    if lies.is_fully_addressable:
+        return found
+    everywhere = NamedSharding(lies.mesh, P())
+    return Found(
+        jax.device_put(found.index, everywhere),
+        jax.device_put(found.candidates, everywhere),
+        jax.device_put(found.grad, lies),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
