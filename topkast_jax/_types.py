@@ -1,5 +1,7 @@
 """The words of the library as types: sets, masks, leaves, methods, state."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -240,6 +242,27 @@ class Mixture(NamedTuple):
     @property
     def methods(self) -> tuple[Method, ...]:
         return tuple(method for _, method in self.rules if method is not None)
+
+    @property
+    def due(self) -> Due | None:
+        """Whether any of them is due."""
+        each = [method.due for method in self.methods if method.due is not None]
+        return (
+            (lambda step: functools.reduce(operator.or_, (d(step) for d in each)))
+            if each
+            else None
+        )
+
+    @property
+    def reservoir(self) -> bool:
+        """Whether any of them keeps one."""
+        return any(method.reservoir for method in self.methods)
+
+    @property
+    def probe(self) -> bool | Literal["always"]:
+        """What the most curious of them asks for."""
+        asked = [method.probe for method in self.methods if method.probe]
+        return "always" if "always" in asked else bool(asked)
 
 
 Methods: TypeAlias = Method | Mixture

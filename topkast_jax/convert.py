@@ -71,8 +71,11 @@ def convert(
     if len(states) != 1:
         raise ValueError(f"tk.convert: {len(states)} states of tk.sparse, not one")
     (state,) = states
-    reservoirs = map(bool, jax.tree.leaves(state.sparse_reservoir))
-    if any(kept != recipe.method.reservoir for kept in reservoirs):
+    kept = jax.tree_util.tree_flatten_with_path(state.sparse_reservoir)[0]
+    if any(
+        bool(there) != recipe.method_of(_trees.path_name(keys)).reservoir
+        for keys, there in kept
+    ):
         raise ValueError(
             f"tk.convert: {recipe.method.name} is not the method that trained: one of "
             "both keeps a reservoir"
@@ -143,19 +146,20 @@ def _dense(
             continue
         grid = index.grid
         units = np.zeros((grid.whole[0], grid.count, *grid.unit), p.array.dtype)
-        if recipe.method.reservoir:
+        if recipe.method_of(p.path).reservoir:
             own = shares.whole(grid).of
             units = np.array((store or Store()).array(p.path, units.shape, own))
         leaves.append(jnp.asarray(_put(units, p.array, index)))
     dense = treedef.unflatten(leaves)
     nothing = treedef.unflatten([None] * len(flat))
-    sparse = settled = forward.dense_masks(state)._replace(
-        probe=nothing, shrink=nothing
-    )
-    if recipe.method.probe:
-        due = bool(recipe.method.due and recipe.method.due(int(state.sparse_step) + 1))
-        probes = [None if i is None else jnp.asarray(due) for i in indices]
-        sparse = settled._replace(probe=treedef.unflatten(probes))
+    settled = forward.dense_masks(state)._replace(probe=nothing, shrink=nothing)
+    probes: list[Any] = [None] * len(flat)
+    for i, index in enumerate(indices):
+        method = None if index is None else recipe.method_of(flat[i].path)
+        if method is not None and method.probe:
+            due = method.due is not None and method.due(int(state.sparse_step) + 1)
+            probes[i] = jnp.asarray(bool(due) or method.probe == "always")
+    sparse = settled._replace(probe=treedef.unflatten(probes))
 
     def slot(old: Any, new: Any, index: Index) -> Any:
         grid = index.grid
@@ -187,7 +191,7 @@ def _packed(
         numbers = host.numbered(site.grid, sets, len(share.own))
         indices[i] = indexed(numbers, sets, share, recipe)
         units = site.grid.to_units(np.asarray(flat[i].array))
-        if recipe.method.reservoir:
+        if site.method.reservoir:
             units = stores.add(store, site.path, units)
         theta[i] = taken(units, numbers, share)
     packed = treedef.unflatten(theta)

@@ -36,7 +36,7 @@ P: Any = PartitionSpec
 
 def transformation(recipe: Recipe) -> Sparse:
     """`tk.sparse` in the packed layout; its state comes from `tk.start`."""
-    method, inner = recipe.method, recipe.inner
+    inner = recipe.inner
 
     def init_fn(params: PyTree) -> Any:
         del params
@@ -65,8 +65,9 @@ def transformation(recipe: Recipe) -> Sparse:
             return PackedLeaf(theta, raw[i], indices[i], path, key, memory[i], rate)
 
         sparse = [i for i, index in enumerate(indices) if index is not None]
+        methods = {i: recipe.method_of(flat[i].path) for i in sparse}
         inward = list(raw)
-        for i in sparse:
+        for i, method in methods.items():
             if method.observe is not None:
                 memory[i] = method.observe(raw[i], memory[i])
             if method.penalty is not None:
@@ -75,7 +76,7 @@ def transformation(recipe: Recipe) -> Sparse:
             treedef.unflatten(inward), state.sparse_inner, params, **extra
         )
         u = treedef.flatten_up_to(outward)
-        for i in sparse:
+        for i, method in methods.items():
             if method.adjust is not None:
                 u[i] = method.adjust(u[i], leaf(i), memory[i])
         bad = jnp.stack([faults.count(g)[0] for g in raw])
@@ -162,7 +163,7 @@ def start(
         if callable(params):
             dense = _made(params, treedef, i, lies[i])
         only_shape = isinstance(dense, jax.ShapeDtypeStruct)
-        if only_shape and (i not in sites or recipe.method.reservoir):
+        if only_shape and (i not in sites or sites[i].method.reservoir):
             why = "the reservoir keeps them" if i in sites else "it is kept dense"
             raise ValueError(
                 f"{parameter.path!r} is only a shape, but its values are needed: {why}"
@@ -177,11 +178,11 @@ def start(
         if lies[i] is not None:
             share = shares.of(site.grid, packed_sharding(site.path, site.grid, lies[i]))
         units = None if only_shape else share.units(dense, lies[i])
-        if recipe.method.reservoir and units is not None:
+        if site.method.reservoir and units is not None:
             units = stores.add(store, site.path, units, share.of)
         del dense
         leaf = host_leaf(site, seed, 0, units, share, parameter.array.dtype)
-        masks, memory[i] = recipe.method.init(leaf)
+        masks, memory[i] = site.method.init(leaf)
         numbers = host.numbered(site.grid, masks, len(share.own))
         indices[i] = indexed(numbers, masks, share, recipe)
         if units is None:
@@ -439,13 +440,16 @@ def state_of(
     init = recipe.inner.init
     if shardings is not None:
         init = jax.jit(init, out_shardings=shardings)
-    reservoir = jnp.asarray(recipe.method.reservoir)
+    paths = [p.path for p in _trees.parameters(theta)[0]]
+    reservoirs = {
+        i: jnp.asarray(recipe.method_of(paths[i]).reservoir) for i in indices or memory
+    }
     return SparseState(
         sparse_step=jnp.int32(0),
         sparse_seed=seed,
         sparse_masks=Masks(*(tree_of(treedef, found) for found in (indices, {}, {}))),
         sparse_memory=tree_of(treedef, memory),
-        sparse_reservoir=tree_of(treedef, dict.fromkeys(memory, reservoir)),
+        sparse_reservoir=tree_of(treedef, reservoirs),
         leaks=jnp.int32(0),
         nonfinite_step=jnp.int32(-1),
         nonfinite_leaf=jnp.uint32(0),

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from topkast_jax import _trees
-from topkast_jax._types import LeafMasks, PyTree, SparseState
+from topkast_jax._types import LeafMasks, Mixture, PyTree, SparseState
 from topkast_jax.layouts import host
 from topkast_jax.layouts import share as shares
 from topkast_jax.layouts.host import HostLeaf
@@ -134,15 +134,15 @@ def refresh(
         choices = job.select(recipe, store)
     else:
         choices = chosen.choices.result()
-        job.write_back(recipe, store)  # the values of B as they are by now
+        job.write_back(store)  # the values of B as they are by now
     new_theta = [p.array for p in job.flat]
     memory, leaving = list(job.memory), {}
-    indices: dict[int, Index] = {}
+    indices = dict(job.indices)
     sources: dict[int, np.ndarray] = {}
     for i, choice in choices.items():
         site, new = job.sites[i], choice.numbers
         source = sources[i] = _source(job.numbers[i], new)
-        if recipe.method.reservoir:
+        if site.method.reservoir:
             new_theta[i] = taken(job.units(i, store), new, job.shares[i])
             leaving[site.path] = job.left(i, source)
         else:
@@ -152,7 +152,7 @@ def refresh(
             new_theta[i] = job.shares[i].place(shipped)
         indices[i] = indexed(new, choice.masks, job.shares[i], recipe)
         memory[i] = choice.memory
-    if recipe.method.reservoir and store.journal is not None:
+    if leaving and store.journal is not None:
         store.journal.append(leaving)
     packed = job.treedef.unflatten(new_theta)
     state = job.state
@@ -187,7 +187,8 @@ class _Job:
       memory: of the method, by parameter.
       seed: of the random draws.
       step: updates made.
-      sites: by parameter, for those that are sparse.
+      indices: by parameter, for those that are sparse: as they are.
+      sites: likewise.
       shares: the slices that this process holds.
       numbers: [own, n_B] units of B.
       values: [own, n_B, *unit].
@@ -213,6 +214,7 @@ class _Job:
         if found is not None:
             self.found = self.treedef.flatten_up_to(found)
         self.step = int(self.state.sparse_step)
+        self.indices = {i: x for i, x in enumerate(indices) if x is not None}
         self.sites: dict[int, Site] = {}
         self.shares: dict[int, Share] = {}
         self.numbers: dict[int, np.ndarray] = {}
@@ -237,28 +239,31 @@ class _Job:
         shape = (len(share.own), share.grid.count, *share.grid.unit)
         return store.array(path, shape, share.of)
 
-    def write_back(self, recipe: Recipe, store: Store) -> None:
+    def write_back(self, store: Store) -> None:
         """Brings the reservoir up to date."""
-        if not recipe.method.reservoir:
-            return
-        for i in self.sites:
+        for i, site in self.sites.items():
+            if not site.method.reservoir:
+                continue
             units = self.units(i, store)
             at = wide(self.numbers[i], units)
             np.put_along_axis(units, at, self.values[i], axis=1)
 
     def select(self, recipe: Recipe, store: Store) -> dict[int, Choice]:
         """Brings the reservoir up to date, and chooses."""
-        self.write_back(recipe, store)
+        self.write_back(store)
         choices = {}
         for i, site in self.sites.items():
-            if recipe.method.reservoir:
+            due = site.method.due
+            if isinstance(recipe.method, Mixture) and not (due and due(self.step)):
+                continue
+            if site.method.reservoir:
                 units = self.units(i, store)
                 leaf = host_leaf(
                     site, self.seed, self.step, units, self.shares[i], units.dtype
                 )
             else:
                 leaf = self._listed(i)
-            masks, memory = recipe.method.refresh(leaf, self.memory[i], self.step)
+            masks, memory = site.method.refresh(leaf, self.memory[i], self.step)
             numbers = host.numbered(site.grid, masks, len(self.numbers[i]))
             choices[i] = Choice(numbers, masks, memory)
         return choices
@@ -305,7 +310,7 @@ class _Job:
 
 def _site(i: int, path: str, index: Index, recipe: Recipe) -> Site:
     counts = PackedLeaf(index.index, index.index, index, path, index.index).counts
-    return Site(i, path, index.grid, counts, counts, recipe.method)
+    return Site(i, path, index.grid, counts, counts, recipe.method_of(path))
 
 
 def _source(old: np.ndarray, new: np.ndarray) -> np.ndarray:
