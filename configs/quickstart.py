@@ -60,6 +60,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if structured:
         config.name += "-" + args["structure"].replace(":", "-")
     config.seed = 0
+    # Parameters that were trained before: a .safetensors file, or an Orbax checkpoint.
+    config.init_from = placeholder(str)
+    config.init_map = ()  # (regex of a parameter, name there): experiments/pretrained.py
     config.steps = 8 if smoke else 1500
 
     config.task = "language_model"
@@ -110,8 +113,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             # Selections apart, by which packed parameters are cut over a mesh.
             groups=1,
             groups_along="outputs",  # or "inputs", or ((glob, axis), ...)
-            distribution="uniform",  # or "erk", "erdos_renyi", {glob: sparsity}
+            # Or "erk", "erdos_renyi", {glob: sparsity}, "of_masks" (those of init).
+            distribution="uniform",
         )
+    if method in ("static", "set", "rigl"):
+        config.sparse.init = "random"  # the first A; or "magnitude", or masks.npz
     if method == "top_kast":
         config.sparse.update(
             forward_sparsity=forward,

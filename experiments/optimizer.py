@@ -98,7 +98,11 @@ def sparse(
     delay = arguments.pop("refresh_delay", 0)
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
     where = arguments.pop("where", "")
-    arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
+    masks = None
+    if str(arguments.get("init", "")).endswith(".npz"):
+        masks = arguments["init"] = tk.load_masks(arguments["init"])
+    distribution = arguments.get("distribution", "uniform")
+    arguments["distribution"] = _distribution(distribution, masks)
     structure = _structure(arguments.get("structure", "unstructured"))
     along = arguments.pop("groups_along", "outputs")
     arguments["structure"] = tk.groups_of(
@@ -155,7 +159,14 @@ def _drop(fraction: float, decay: str, steps: int) -> float | Schedule:
     return optax.cosine_decay_schedule(fraction, steps)
 
 
-def _distribution(config: Any) -> Any:
+def _distribution(config: Any, masks: Any = None) -> Any:
+    if config == "of_masks":
+        if masks is None:
+            raise ValueError(
+                "sparse.distribution='of_masks' counts the entries of masks; name their "
+                "file, sparse.init=masks.npz"
+            )
+        return tk.of_masks(masks)
     if isinstance(config, str):
         if config not in DISTRIBUTIONS:
             raise ValueError(

@@ -50,6 +50,7 @@ def begin(
     shardings: State,
     rules: Iterable[meshes.Rule],
     folder: pathlib.Path | None = None,
+    given: PyTree = None,
 ) -> tuple[State, tk.Store]:
     """The state of step 0, and the reservoir.
 
@@ -60,6 +61,7 @@ def begin(
       shardings: of the state.
       rules: of dense parameters; several processes make each parameter in its shards.
       folder: of files in which the reservoir lives; None: in memory.
+      given: parameters in place of random ones.
     """
 
     def params() -> PyTree:
@@ -70,6 +72,7 @@ def begin(
     )
     alone = jax.process_count() == 1
     made = jax.jit(params)() if alone and size <= ONE_BY_ONE else params
+    made = made if given is None else given
     dense = None
     if not alone:
         abstract_state = abstract(task, tx, key)

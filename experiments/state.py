@@ -59,13 +59,15 @@ def alpha(
     return tk.sparsify(params, tk.masks(opt_state), expanded=not by_unit)
 
 
-def initial(
-    task: Task, tx: optax.GradientTransformation
-) -> Callable[[jax.Array], State]:
-    """`key -> State` of step 0, to run under jit with the shardings of the state."""
+def initial(task: Task, tx: optax.GradientTransformation) -> Callable[..., State]:
+    """`(key, given=None) -> State` of step 0, to run under jit with its shardings.
 
-    def init(key: jax.Array) -> State:
+    `given` are parameters in place of random ones.
+    """
+
+    def init(key: jax.Array, given: PyTree = None) -> State:
         params, carry = task.init(key)
+        params = params if given is None else given
         return State(params, tx.init(params), carry)
 
     return init

@@ -9,7 +9,10 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
-from experiments import pretrained
+import topkast_jax as tk
+from experiments import pretrained, tasks
+from experiments.assembly import assemble
+from experiments.config import Watched
 
 SHAPES: Any = {
     "block_0": {"up": {"kernel": (4, 6), "bias": (6,)}},
@@ -89,3 +92,77 @@ def test_what_cannot_be_read_is_an_error(
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="init_from="):
         pretrained.load(str(tmp_path / name), RULES, model())
+
+
+def begun(tiny: Any, tmp_path: pathlib.Path, **changes: Any) -> Any:
+    """The weights that a run starts from, exported."""
+    run = assemble(Watched(tiny(**changes)))
+    state, _ = run.begin(tmp_path)
+    if run.method is None:
+        return state.params
+    return tk.export(state.params, state.opt_state)
+
+
+@pytest.fixture
+def weights(tiny: Any, tmp_path: pathlib.Path) -> Any:
+    """Parameters of the tiny task, in a file of their own."""
+    task = tasks.make(tiny())
+    params = jax.jit(lambda: task.init(jax.random.key(99))[0])()
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    save_file(
+        {
+            jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
+            for keys, leaf in flat
+        },
+        tmp_path / "tiny.safetensors",
+    )
+    return params
+
+
+SET = {
+    "sparse": {"method": "set", "sparsity": 0.75, "refresh": 3, "drop_fraction": 0.3}
+}
+
+
+@pytest.mark.parametrize("layout", ["masked", "packed"])
+def test_a_run_starts_from_what_was_trained(
+    layout: str, tiny: Any, tmp_path: pathlib.Path, weights: Any
+) -> None:
+    file = str(tmp_path / "tiny.safetensors")
+    sparse = {**SET["sparse"], "init": "magnitude", "layout": layout}
+    found = begun(tiny, tmp_path, sparse=sparse, init_from=file)
+    want = np.asarray(weights["hidden"]["kernel"])
+    kept = np.asarray(found["hidden"]["kernel"])
+    largest = np.sort(np.abs(want), axis=None)[-want.size // 4 :]
+    np.testing.assert_array_equal(np.sort(np.abs(kept[kept != 0])), largest)
+    np.testing.assert_array_equal(kept[kept != 0], want[kept != 0])
+    np.testing.assert_array_equal(found["hidden"]["bias"], weights["hidden"]["bias"])
+
+
+def test_a_run_starts_from_a_file_of_masks(
+    tiny: Any, tmp_path: pathlib.Path, weights: Any
+) -> None:
+    masks = jax.tree.map(lambda x: np.asarray(x) > 0.2, weights)
+    tk.save_masks(tmp_path / "masks.npz", masks)
+    sparse = {
+        **SET["sparse"],
+        "init": str(tmp_path / "masks.npz"),
+        "distribution": "of_masks",
+    }
+    file = str(tmp_path / "tiny.safetensors")
+    found = begun(tiny, tmp_path, sparse=sparse, init_from=file)
+    for name in ("hidden", "out"):
+        mask = masks[name]["kernel"]
+        want = np.where(mask, weights[name]["kernel"], 0)
+        np.testing.assert_array_equal(found[name]["kernel"], want)
+
+
+def test_what_was_trained_is_not_dropped_at_random(
+    tiny: Any, tmp_path: pathlib.Path, weights: Any
+) -> None:
+    file = str(tmp_path / "tiny.safetensors")
+    sparse = {**SET["sparse"], "init": "random"}
+    with pytest.raises(ValueError, match=r"say sparse.init=magnitude"):
+        begun(tiny, tmp_path, sparse=sparse, init_from=file)
+    dense = begun(tiny, tmp_path, sparse={"method": "dense"}, init_from=file)
+    jax.tree.map(np.testing.assert_array_equal, dense, weights)
