@@ -181,7 +181,7 @@ class HostLeaf:
         return np.sort(self._keys(places)[chosen])
 
 
-def set_of(grid: Grid, mask: np.ndarray) -> Set:
+def set_of(grid: Grid, mask: Any) -> Set:
     """A mask of entries, made of whole units, as a set."""
     units = grid.to_units(np.asarray(mask))
     units = units[(..., *(0 for _ in grid.unit))]
