@@ -40,13 +40,24 @@ class Restored(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What evaluation needs: theta, and a tree like it of forward masks, None where
-    dense.
+    """What evaluation needs.
+
+    Attributes:
+      params: theta.
+      masks: A, also in the place of B; None where a parameter is dense.
+      meta: of the checkpoint.
     """
 
     params: PyTree
-    forward: PyTree
+    masks: tk.Masks
     meta: dict[str, Any]
+
+    @property
+    def alpha(self) -> PyTree:
+        """The weights that the network uses."""
+        if not jax.tree.leaves(self.masks.forward):
+            return self.params
+        return tk.sparsify(self.params, self.masks, expanded=True)
 
 
 class Checkpoints:
@@ -212,21 +223,33 @@ class Checkpoints:
             params = prepare(meta)
             if "packed" in meta:
                 return _packed_targets(params, meta["packed"])
+            saved = meta["arrays"]["masks"]
             masks = {
                 name: jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=x.sharding)
                 for name, x in _named(params)
-                if f"forward/{name}" in meta["arrays"]["masks"]
+                if f"forward/{name}" in saved
             }
-            return {"params": params, "masks": {"forward": masks, "backward": masks}}
+            shrink = {
+                name: _struct(saved[f"shrink/{name}"], _everywhere(x.sharding))
+                for name, x in _named(params)
+                if f"shrink/{name}" in saved
+            }
+            trees = {"forward": masks, "backward": masks, "shrink": shrink}
+            return {"params": params, "masks": trees}
 
         def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Weights:
             found = _read(path, **arrays)
             (params,), (masks,) = found["params"], found["masks"]
             if "packed" in meta:
                 masks = {"forward": _indices(masks["forward"], meta["packed"])}
-            leaves = [masks["forward"].get(name) for name, _ in _named(params)]
-            forward = jax.tree.unflatten(jax.tree.structure(params), leaves)
-            return Weights(params, forward, meta)
+
+            def tree(found: Mapping[str, Any]) -> PyTree:
+                leaves = [found.get(name) for name, _ in _named(params)]
+                return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+            forward, nothing = tree(masks["forward"]), tree({})
+            shrink = tree(masks.get("shrink", {}))
+            return Weights(params, tk.Masks(forward, forward, nothing, shrink), meta)
 
         return self._newest(targets, read, set_aside=False)
 
@@ -325,6 +348,17 @@ def _kinds(tree: PyTree) -> dict[str, str]:
     }
 
 
+def _struct(kind: str, sharding: Any) -> Any:
+    """Inverse of `_kinds`, for one array."""
+    dtype, _, sizes = kind.removesuffix("]").partition("[")
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+
+def _everywhere(sharding: Any) -> Any:
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
 def _require_same_arrays(
     path: pathlib.Path, meta: Mapping[str, Any], wanted: Mapping[str, PyTree]
 ) -> None:
@@ -346,11 +380,12 @@ def _require_same_arrays(
 def _named_masks(opt_state: PyTree) -> dict[str, dict[str, Any]]:
     """Masks by the path of their parameter: they load without knowing the optimizer."""
     if not is_sparse(opt_state):
-        return {"forward": {}, "backward": {}}
+        return {"forward": {}, "backward": {}, "shrink": {}}
     masks = tk.masks(opt_state)
     return {
         "forward": dict(_named(masks.forward)),
         "backward": dict(_named(masks.backward)),
+        "shrink": dict(_named(masks.shrink)),
     }
 
 
@@ -372,7 +407,8 @@ def _packed_targets(params: PyTree, description: Mapping[str, Any]) -> dict[str,
         for path, index in indices.items()
     }
     params = jax.tree_util.tree_map_with_path(packed, params)
-    return {"params": params, "masks": {"forward": forward, "backward": {}}}
+    trees = {"forward": forward, "backward": {}, "shrink": {}}
+    return {"params": params, "masks": trees}
 
 
 def _indices(arrays: Mapping[str, Any], description: Mapping[str, Any]) -> Any:

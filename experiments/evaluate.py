@@ -8,14 +8,13 @@ per metric. Exit code 2 with one line on stderr where there is nothing to evalua
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-import topkast_jax as tk
 from experiments import checkpoint, command, log, tasks
 from experiments import mesh as meshes
 from experiments.config import Watched
@@ -61,14 +60,20 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
     return evaluate
 
 
-def from_workdir(workdir: str, split: str) -> tuple[int, dict[str, float]]:
-    """Step of the newest checkpoint, and its metrics on a split.
+class Run(NamedTuple):
+    """The newest checkpoint of a workdir, without its optimizer."""
 
-    Args:
-      workdir: folder of a run; nothing in it changes.
-      split: as the task names it.
+    task: tasks.Task
+    mesh: Mesh
+    config: Watched
+    weights: checkpoint.Weights
+
+
+def read(workdir: str) -> Run:
+    """Reads what a run left; nothing in its folder changes.
+
     Raises:
-      ValueError: no checkpoint, none that can be read, or no such split.
+      ValueError: no checkpoint, or none that can be read.
     """
     made: dict[str, Any] = {}
 
@@ -78,19 +83,27 @@ def from_workdir(workdir: str, split: str) -> tuple[int, dict[str, float]]:
         mesh = meshes.make(config.mesh)
         params, _ = jax.eval_shape(task.init, jax.random.key(0))
         shardings = meshes.parameter_shardings(mesh, config.sharding, params)
-        made.update(task=task, mesh=mesh, batches=config.eval_batches)
+        made.update(task=task, mesh=mesh, config=config)
         return placed(params, shardings)
 
     found = checkpoint.Checkpoints(workdir, warn=log.warn).weights(prepare)
     if found is None:
         raise ValueError(f"{workdir} holds no checkpoint; train there first")
-    alpha = found.params
-    if jax.tree.leaves(found.forward):
-        nothing = jax.tree.map(lambda _: None, found.params)
-        masks = tk.Masks(found.forward, found.forward, nothing)
-        alpha = tk.sparsify(found.params, masks)
-    evaluate = evaluator(made["task"], made["mesh"], made["batches"])
-    return found.meta["step"], evaluate(alpha, split)
+    return Run(**made, weights=found)
+
+
+def from_workdir(workdir: str, split: str) -> tuple[int, dict[str, float]]:
+    """Step of the newest checkpoint, and its metrics on a split.
+
+    Args:
+      workdir: folder of a run; nothing in it changes.
+      split: as the task names it.
+    Raises:
+      ValueError: no checkpoint, none that can be read, or no such split.
+    """
+    run = read(workdir)
+    evaluate = evaluator(run.task, run.mesh, run.config.eval_batches)
+    return run.weights.meta["step"], evaluate(run.weights.alpha, split)
 
 
 def main(argv: list[str]) -> int:
