@@ -6,6 +6,7 @@ from typing import Any
 from topkast_jax import metrics, ops
 from topkast_jax._trees import axes, kernels, masks
 from topkast_jax._types import Axes, Counts, Leaf, LeafMasks, Masks, Method, SparseState
+from topkast_jax.activations import meprop, swat
 from topkast_jax.convert import convert
 from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
 from topkast_jax.drop_in import DropInState, drop_in
@@ -98,6 +99,7 @@ __all__ = [
     "kernels",
     "load_store",
     "masks",
+    "meprop",
     "metrics",
     "n_of_m",
     "ops",
@@ -117,6 +119,7 @@ __all__ = [
     "start",
     "state_shardings",
     "static",
+    "swat",
     "top_k",
     "top_k_tree",
     "top_kast",
