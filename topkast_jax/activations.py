@@ -84,10 +84,13 @@ def _meprop(row: tuple[int, ...], unified: bool, y: Array, k: Any) -> Array:
 
 
 def _meprop_fwd(row: tuple[int, ...], unified: bool, y: Array, k: Any) -> Any:
-    return _meprop(row, unified, y, k), k
+    # Not through the rule again: jvp of grad comes here with tangents.
+    del row, unified
+    return y, k
 
 
-def _meprop_bwd(row: tuple[int, ...], unified: bool, k: Any, g: Array) -> Any:
+def _meprop_bwd(row: tuple[int, ...], unified: bool, k: Any, g: Any) -> Any:
+    g = jnp.asarray(g)
     scores = _magnitude(g)
     if unified:
         rows = tuple(a for a in range(g.ndim) if a not in row)
