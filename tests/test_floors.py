@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
     ["distribution", "schedule", "score", "select", "structure", "grid"],
-    ["layouts", "forward", "ops"],
+    ["layouts", "forward", "ops", "activations"],
     ["methods"],
     ["mixture", "plan", "transformation", "faults", "sets", "sharding", "packed", "refresh", "convert", "probe",
      "optimizer", "health", "drop_in", "mask_files", "matching", "metrics"],

@@ -15,6 +15,7 @@ from topkast_jax._types import (
     Mixture,
     SparseState,
 )
+from topkast_jax.activations import meprop, swat
 from topkast_jax.convert import convert
 from topkast_jax.distribution import by_path, erdos_renyi, erk, of_masks, uniform
 from topkast_jax.drop_in import DropInState, drop_in
@@ -117,6 +118,7 @@ __all__ = [
     "load_store",
     "masks",
     "matched_overlap",
+    "meprop",
     "metrics",
     "n_of_m",
     "of_masks",
@@ -139,6 +141,7 @@ __all__ = [
     "start",
     "state_shardings",
     "static",
+    "swat",
     "top_k",
     "top_k_tree",
     "top_kast",

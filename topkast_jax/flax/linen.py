@@ -132,6 +132,15 @@ def _reasons(
             found[path] = found.get(path) or why
         return out
 
+    watch(model, record, variables, *args, **kwargs)
+    return found
+
+
+def watch(
+    model: nn.Module, interceptor: Any, variables: Any, *args: Any, **kwargs: Any
+) -> None:
+    """One abstract call of a model, with dense shapes, under an interceptor."""
+
     def dense(leaf: Any) -> Any:
         if not _is_block(leaf):
             return leaf
@@ -139,21 +148,20 @@ def _reasons(
 
     def call(variables: Any, *args: Any, **kwargs: Any) -> None:
         params = jax.tree.map(dense, variables["params"], is_leaf=_is_block)
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(interceptor):
             model.apply({**variables, "params": params}, *args, **kwargs)
 
     contraction.abstract_call(call, variables, *args, **kwargs)
-    return found
 
 
-def _known(module: nn.Module) -> bool:
+def known(module: nn.Module) -> bool:
     """Whether calling a module is what calling one of `_LAYERS` is."""
     own = type(module).__call__
     return any(isinstance(module, layer) and own is layer.__call__ for layer in _LAYERS)
 
 
 def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> str:
-    if not _known(module):
+    if not known(module):
         name = type(module).__name__
         return f"{name} is not a Dense, DenseGeneral, Einsum or 1x1 Conv layer"
     for name in ("dot_general", "dot_general_cls"):
@@ -218,7 +226,7 @@ def _pointwise(module: Any, x: Any) -> tuple[Any, Contraction]:
 def _multiply(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Interceptor: the layer's own call, with a sparse product for its kernel."""
     module: Any = context.module
-    if context.method_name != "__call__" or not _known(module):
+    if context.method_name != "__call__" or not known(module):
         return next_call(*args, **kwargs)
     kernel: Any = module.get_variable("params", "kernel")
     if not isinstance(kernel, BlockMatrix):
