@@ -1,6 +1,7 @@
 """The masked layout: bool masks over dense arrays. It defines what the others mean."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from topkast_jax.grid import Grid, portion
 from topkast_jax.select import random_k, top_k
 
 
-class MaskedLeaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MaskedLeaf:
     """A `Leaf` whose entries are all the positions, and whose sets are bool masks."""
 
     value: Array
