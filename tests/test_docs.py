@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-PAGES = sorted((pathlib.Path(__file__).parent.parent / "docs" / "methods").glob("*.md"))
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = [*sorted((DOCS / "methods").glob("*.md")), DOCS / "migration_from_jaxpruner.md"]
 
 
 def test_there_are_pages():
