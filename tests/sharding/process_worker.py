@@ -114,6 +114,9 @@ def train(cell: str, mesh: Mesh, folder: Path) -> tuple[dict[str, Any], Any]:
         journal = tk.Journal(folder / cell)
         journal.begin(store)
         store = tk.Store(store.theta, journal=journal, own=store.own)
+    else:  # nothing as large as the parameters need exist
+        only_shapes = abstract | {"bias": np.zeros(24, np.float32)}
+        start += everywhere(tk.start(tx, only_shapes, shardings=dense)[0])
     lies = jax.tree.map(lambda x: x.sharding, (theta, opt_state))
 
     def step(theta: Any, opt_state: Any, x: Any, y: Any) -> Any:
@@ -123,7 +126,7 @@ def train(cell: str, mesh: Mesh, folder: Path) -> tuple[dict[str, Any], Any]:
 
     compiled = jax.jit(step, out_shardings=lies, compiler_options=fast_compilation())
     rows = NamedSharding(mesh, P(AXES))
-    history = [start]
+    history, begun = [start], opt_state
     for t in range(STEPS):
         x, y = (share.put(part, rows) for part in batch(t))
         found = None
@@ -137,6 +140,8 @@ def train(cell: str, mesh: Mesh, folder: Path) -> tuple[dict[str, Any], Any]:
             jax.tree.leaves((theta, opt_state)), jax.tree.leaves(lies), strict=True
         ):
             assert new.sharding.is_equivalent_to(old, new.ndim)
+    first, last = (everywhere(tk.masks(tree).forward) for tree in (begun, opt_state))
+    out["moved"] = any((a != b).any() for a, b in zip(first, last, strict=True))
     out["history"] = [x for arrays in history for x in arrays]
     own = tk.own_slices(tk.masks(opt_state))
     assert {k: v[0].tolist() for k, v in own.items()} == {

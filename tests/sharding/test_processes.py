@@ -17,6 +17,7 @@ REST = [
     "rigl/packed",
     "set/block",
 ]
+RECORDS = 2  # refreshes of a run
 
 
 def job(folder: Path, cells: list[str], processes: int) -> list[dict[str, Any]]:
@@ -40,14 +41,7 @@ def judge(folder: Path, cells: list[str]) -> None:
     two = job(folder, cells, 2)
     for cell in cells:
         one, parts = alone[cell], [found[cell] for found in two]
-        changed = len(one["history"]) // 3
-        assert any(
-            (a != b).any()
-            for a, b in zip(
-                one["history"][:changed], one["history"][-changed:], strict=True
-            )
-            if a.dtype == np.int32
-        ), cell  # masks move, so that there is something to compare
+        assert one["moved"], cell  # masks, so that there is something to compare
         for part in parts:
             assert len(part["history"]) == len(one["history"])
             for here, there in zip(part["history"], one["history"], strict=True):
@@ -57,7 +51,7 @@ def judge(folder: Path, cells: list[str]) -> None:
         if not one["theta"]:
             continue
         journal = tk.Journal(folder / "2" / cell)
-        gathered = journal.load(STEPS_RECORDED)
+        gathered = journal.load(RECORDS)
         assert gathered.journal is None and not gathered.own
         for path, whole in one["theta"].items():
             own = [part["own"][path] for part in parts]
@@ -72,9 +66,6 @@ def judge(folder: Path, cells: list[str]) -> None:
             for key, order in (("again", own), ("of_one", own), ("swapped", own[::-1])):
                 found = together([part[key][path] for part in parts], order, len(whole))
                 np.testing.assert_array_equal(found, one["again"][path], key)
-
-
-STEPS_RECORDED = 2
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:

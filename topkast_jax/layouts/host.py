@@ -289,6 +289,8 @@ def selections_of(grid: Grid, own: np.ndarray) -> np.ndarray:
 
 def rows_of(grid: Grid, own: np.ndarray) -> np.ndarray:
     """Numbers of the selections in some slices, ascending."""
+    if len(own) == grid.whole[0]:
+        return np.arange(len(own) * grid.selections)
     return np.sort(selections_of(grid, own), axis=None)
 
 
@@ -332,13 +334,16 @@ def by_selection(grid: Grid, units: np.ndarray, own: np.ndarray) -> np.ndarray:
     if grid.row_per_slice:
         return units
     array, roles = grid.stored_array
+    if len(own) == grid.whole[0]:
+        inside = range(len(array), len(array) + len(grid.unit))
+        units = units.reshape(*array, *grid.unit)
+        units = units.transpose(*roles.stack, *roles.within, *inside)
+        return units.reshape(-1, grid.size, *grid.unit)
     first = _slice_axes(grid)
     axes = [a for a in roles.stack if a >= first] + list(roles.within)
     units = units.reshape(len(own), *array[first:], *grid.unit)
-    behind = range(1 + len(axes), units.ndim)
-    units = units.transpose(0, *(1 + a - first for a in axes), *behind)
-    units = units.reshape(-1, grid.size, *grid.unit)
-    rows = selections_of(grid, own).reshape(-1)
-    if (np.diff(rows) > 0).all():
-        return units
-    return units[np.argsort(rows)]  # outputs before the stack
+    inside = range(1 + len(axes), units.ndim)
+    units = units.transpose(0, *(1 + a - first for a in axes), *inside)
+    # Outputs may come before the stack.
+    order = np.argsort(selections_of(grid, own), axis=None, kind="stable")
+    return units.reshape(-1, grid.size, *grid.unit)[order]

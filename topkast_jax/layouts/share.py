@@ -118,7 +118,7 @@ def of(grid: Grid, sharding: Any) -> Share:
     Raises:
       ValueError: the devices of other processes hold parts of own slices.
     """
-    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+    if not isinstance(sharding, NamedSharding):
         return whole(grid)
     if sharding.is_fully_addressable:
         return dataclasses.replace(whole(grid), sharding=sharding)
