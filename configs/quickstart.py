@@ -7,7 +7,7 @@ section 4.2, where the model is a large Transformer-XL on enwik8.
 
 Other methods and sparsities, from the same file:
 
-    --config=configs/quickstart.py:method=dense|static|set|rigl|top_kast
+    --config=configs/quickstart.py:method=rigl      or dense, or any of tk.METHODS
     --config=configs/quickstart.py:forward=0.95,backward=0.9
     --config=configs/quickstart.py:layout=block,structure=fan_in:1x64
     --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
@@ -93,6 +93,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         refresh_start=placeholder(int),  # the first; None: after `refresh` steps
         refresh_stop=placeholder(int),  # none from this step on; None: to the last step
     )
+    ramp = dict(
+        start=placeholder(int),  # of the fall in density; None: a tenth of the run
+        stop=placeholder(int),  # None: three quarters of the run
+        ramp="cubic",  # or "linear"
+    )
     config.sparse = dict(method=method)
     if not dense:
         config.sparse.update(
@@ -113,8 +118,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             # Selections apart, by which packed parameters are cut over a mesh.
             groups=1,
             groups_along="outputs",  # or "inputs", or ((glob, axis), ...)
-            # Or "erk", "erdos_renyi", {glob: sparsity}, "of_masks" (those of init).
-            distribution="uniform",
+            # Or "uniform", "erk", "erdos_renyi", {glob: sparsity}, "of_masks" (of init).
+            distribution="erk" if method == "granet" else "uniform",
+            begin=placeholder(int),  # dense before this step; None: the method at once
         )
     if method in ("static", "set", "rigl"):
         config.sparse.init = "random"  # the first A; or "magnitude", or masks.npz
@@ -135,6 +141,50 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             drop_fraction=0.3,  # share of A replaced at a refresh
             drop_decay="cosine",  # to 0 at the last step, or "constant"
             **refreshes,
+        )
+    elif method in ("magnitude", "saliency", "random_pruning"):
+        config.sparse.update(
+            sparsity=forward,
+            initial_sparsity=0.0,
+            scope="layer",  # or "global"
+            **ramp,
+            **refreshes,
+        )
+    elif method == "granet":
+        config.sparse.update(
+            sparsity=forward,
+            initial_sparsity=0.5,
+            drop_fraction=0.5,  # share of A replaced at a refresh
+            drop_decay="cosine",
+            scope="global",  # or "layer"
+            **ramp,
+            **refreshes,
+        )
+    elif method == "one_shot":
+        config.sparse.update(
+            sparsity=forward,
+            at=placeholder(int),  # None: half of the run
+            score="magnitude",  # or "saliency", "random"
+            scope="layer",
+        )
+    elif method == "snip":
+        config.sparse.update(
+            sparsity=forward,
+            batches=1,  # that are looked at before the choice
+            average="gradient",  # over batches, or "score"
+            scope="global",
+        )
+    elif method == "straight_through":
+        # Masks change at every step, as in the papers.
+        config.sparse.update(sparsity=forward, soft=False, refresh=1)
+    elif method == "acdc":
+        config.sparse.update(
+            sparsity=forward,
+            warmup=placeholder(int),  # dense steps first; None: a tenth of the run
+            compressed=placeholder(int),  # of a phase; None: a twentieth
+            dense=placeholder(int),  # of a phase; None: a twentieth
+            last=placeholder(int),  # compressed from here on; None: after four fifths
+            scope="global",
         )
     elif not dense:
         config.sparse.update(sparsity=forward)

@@ -15,6 +15,17 @@ DISTRIBUTIONS = {
     "erk": tk.erk,
 }
 
+RAMP = {"start": 0.1, "stop": 0.75}
+ANCHORS = {
+    "magnitude": RAMP,
+    "saliency": RAMP,
+    "random_pruning": RAMP,
+    "granet": RAMP,
+    "one_shot": {"at": 0.5},
+    "acdc": {"warmup": 0.1, "compressed": 0.05, "dense": 0.05, "last": 0.8},
+}
+"""Steps that a config may leave open (None), by method, as shares of the run."""
+
 
 def learning_rate(config: Mapping[str, Any], steps: int) -> Schedule:
     """Linear warm-up to `peak`, then cosine decay to `end` at the last step.
@@ -70,8 +81,10 @@ def sparse(
     Args:
       config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
         `axes`, `where`, `distribution`, `structure`, `groups`, `groups_along`,
-        `layout`, `refresh_delay`, `drop_decay`, and `refresh` with
-        `refresh_start` and `refresh_stop`; the rest are arguments of the method.
+        `layout`, `refresh_delay`, `drop_decay`, `refresh` with `refresh_start` and
+        `refresh_stop`, and `begin`, before which the network is dense and from which
+        the method's steps count; the rest are arguments of the method. Those in
+        `ANCHORS` may be None.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
       steps: length of the run: a refresh must fall within it.
@@ -96,6 +109,11 @@ def sparse(
     layout = arguments.pop("layout", "masked")
     arguments.pop("reservoir", None)  # of the loop, see experiments/assembly.py
     delay = arguments.pop("refresh_delay", 0)
+    begin = arguments.pop("begin", None)
+    if begin is not None:
+        if not 1 <= begin < steps:
+            raise ValueError(f"sparse.begin={begin} must be in [1, steps={steps})")
+        steps -= begin
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
     where = arguments.pop("where", "")
     masks = None
@@ -116,12 +134,19 @@ def sparse(
     if "drop_fraction" in arguments:
         decay = arguments.pop("drop_decay", "constant")
         arguments["drop_fraction"] = _drop(arguments["drop_fraction"], decay, steps)
-    stop = arguments.get("stop")
-    if stop is not None and stop >= steps:
-        raise ValueError(
-            f"sparse.stop={stop} never comes within steps={steps}; None never stops"
-        )
+    for key, share in ANCHORS.get(name, {}).items():
+        if arguments.get(key) is None:
+            arguments[key] = max(1, round(share * steps))
+    for key in ("stop", "at", "warmup", "last", "batches"):
+        value = arguments.get(key)
+        if value is not None and value >= steps:
+            never = "; None never stops" if name == "top_kast" else ""
+            raise ValueError(
+                f"sparse.{key}={value} never comes within steps={steps}{never}"
+            )
     method = _call("sparse", name, factory, arguments)
+    if begin is not None:
+        method = tk.delayed(method, begin)
     tx = tk.sparse(
         optimizer,
         method,

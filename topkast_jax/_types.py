@@ -154,7 +154,7 @@ class Leaf(View, Protocol):
         """Units of a set, for each selection; `top` and the rest take it."""
         ...
 
-    def portion(self, share: Any, k: int) -> Any:
+    def portion(self, share: Any, k: Any) -> Any:
         """`share * k` as a number of units of a selection; `top` and the rest take it."""
         ...
 
@@ -192,7 +192,8 @@ class Method(NamedTuple):
       structure: which patterns the masks have.
       reservoir: whether entries off B keep their value (else they are zero).
       probe: whether the step before a refresh sees, but does not apply, the gradient
-        of entries outside B; "always": every step does.
+        of entries outside B; "always": every step does; a schedule (step -> bool): the
+        steps that it names do.
       candidates: `(leaf, memory, step) -> entries`, those whose gradient is seen in step
         `step`; None for all of them.
       observe: `(grad, memory) -> memory`, every step.
@@ -203,6 +204,7 @@ class Method(NamedTuple):
         parameters compete with each other.
       fixed: whether A and B of every parameter keep their sizes (but for a last refresh
         that makes B smaller); packed arrays need that.
+      note: what a plan says of sets whose sizes change; "" for nothing.
     """
 
     name: str
@@ -213,7 +215,7 @@ class Method(NamedTuple):
     where: Any
     reservoir: bool
     structure: Any
-    probe: bool | Literal["always"] = False
+    probe: bool | Literal["always"] | Due = False
     candidates: Callable[[Leaf, Memory, Any], Entries] | None = None
     observe: Callable[[Array, Memory], Memory] | None = None
     penalty: Callable[[View], Array] | None = None
@@ -223,6 +225,7 @@ class Method(NamedTuple):
         Callable[[list[Leaf], list[Memory], Any], list[tuple[LeafMasks, Memory]]] | None
     ) = None
     fixed: bool = True
+    note: str = ""
 
 
 class Mixture(NamedTuple):

@@ -276,7 +276,7 @@ _PORTION = 2**32 - 1
 """Folded into a leaf's key for `portion`; no slice has this number."""
 
 
-def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
+def portion(share: Any, k: Any, grid: Grid, key: jax.Array) -> Any:
     """`share * k` as a number of units of a selection.
 
     Rounded. Where a slice has several selections or groups, each is rounded up or down at random,
@@ -284,7 +284,7 @@ def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
 
     Args:
       share: in [0, 1], a number or a traced scalar.
-      k: units that a selection keeps.
+      k: units that a selection keeps; an int, or traced, as `top_k` takes it.
       grid: the units.
       key: of the leaf at this step.
     Returns:
@@ -292,7 +292,7 @@ def portion(share: Any, k: int, grid: Grid, key: jax.Array) -> Any:
       `grid.array` with 1 for the axes within.
     """
     if grid.selections * grid.structure.parts == 1:
-        if not isinstance(share, Array):
+        if not isinstance(share, Array) and not isinstance(k, Array):
             return round(share * k)
         return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
     within = grid.roles.within

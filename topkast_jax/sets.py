@@ -36,7 +36,9 @@ def probes(
         if not method.probe:
             continue
         now = jnp.asarray(True)
-        if method.probe != "always":
+        if callable(method.probe):
+            now = jnp.asarray(method.probe(step))
+        elif method.probe != "always":
             now = is_due(method, jnp.int32(1) + step)
         for site in sites:
             found[site.index] = now

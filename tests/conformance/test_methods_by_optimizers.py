@@ -93,7 +93,7 @@ def run_cell(method: str, optimizer: str) -> None:
 
 
 def test_every_method_is_in_the_battery() -> None:
-    assert battery.METHODS.keys() == tk.METHODS.keys()
+    assert battery.METHODS.keys() == battery.FACTS.keys() == tk.METHODS.keys()
     for name in tk.METHODS:
         assert battery.make_method(name).name == name
 

@@ -78,7 +78,7 @@ def test_differences_see_through_tuples() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["dense", "static", "set", "rigl", "top_kast"])
+@pytest.mark.parametrize("method", ["dense", *tk.METHODS])
 @pytest.mark.parametrize("smoke", ["", ",smoke"])
 def test_quickstart_builds_every_method(method: str, smoke: str) -> None:
     config = quickstart.get_config(f"method={method}{smoke}")
@@ -88,6 +88,37 @@ def test_quickstart_builds_every_method(method: str, smoke: str) -> None:
     _, made = optimizer.sparse(config.sparse, inner, rate, steps=config.steps, seed=0)
     assert (made is None) == (method == "dense")
     assert smoke == "" or config.steps <= 8
+
+
+def made(arg: str, **changes: Any) -> tk.Method:
+    """The method of the quickstart with these arguments."""
+    config = quickstart.get_config(arg)
+    config.sparse.update(changes)
+    rate = optimizer.learning_rate(config.learning_rate, config.steps)
+    inner = optimizer.inner(config.optimizer, rate)
+    method = optimizer.sparse(config.sparse, inner, rate, steps=1500, seed=0)[1]
+    assert method is not None
+    return method
+
+
+def test_open_steps_are_shares_of_the_run() -> None:
+    gradual = made("method=magnitude")
+    assert tk.first_due(gradual.due, 1500) == 200 and gradual.due(1125)
+    assert [s for s in range(1500) if made("method=one_shot").due(s)] == [750]
+    assert tk.first_due(made("method=acdc").due, 1500) == 150
+    assert tk.first_due(made("method=one_shot", at=7).due, 1500) == 7
+    with pytest.raises(ValueError, match="sparse.last=1500 never comes within"):
+        made("method=acdc", last=1500)
+
+
+def test_a_dense_beginning() -> None:
+    """Steps of the method count from there, and none falls after the run."""
+    late = made("method=rigl", begin=450)
+    assert [s for s in range(1501) if late.due(s)] == [450, *range(550, 1500, 100)]
+    assert [s for s in range(1500) if made("method=one_shot", begin=500).due(s)] == [
+        500,
+        1000,
+    ]
 
 
 def test_quickstart_defaults() -> None:
@@ -164,6 +195,7 @@ BAD = [
     ({"sparse__refresh": 0}, "n=0 must be at least 1"),
     ({"sparse__refresh_stop": 2}, "never fires"),
     ({"sparse__stop": 12}, "sparse.stop=12 never comes within steps=12"),
+    ({"sparse__begin": 12}, r"sparse.begin=12 must be in \[1, steps=12\)"),
     ({"sparse__where": "*/kernal"}, "pattern '[*]/kernal' matches no parameter"),
     ({"sparse__distribution": "flat"}, "sparse.distribution='flat' is unknown"),
     ({"sparse__structure": "block:8x8"}, "sparse.structure='block:8x8' is unknown"),

@@ -20,6 +20,7 @@ METHODS: dict[str, Any] = {
     ),
     "top_kast_stop": lambda **o: tk.top_kast(0.8, 0.6, refresh=DUE, stop=8, **o),
     "static": lambda **o: tk.static(0.8, **o),
+    "straight_through": lambda **o: tk.straight_through(0.8, refresh=DUE, **o),
     "set": lambda **o: tk.set_(0.8, refresh=DUE, **o),
     "rigl": lambda **o: tk.rigl(
         0.8, refresh=DUE, drop_fraction=tk.cosine(0.9, STEPS), **o

@@ -151,7 +151,7 @@ class HostLeaf:
         """One of two sets."""
         return first if condition else second
 
-    def portion(self, share: Any, k: int) -> Any:
+    def portion(self, share: Any, k: Any) -> Any:
         """`share * k` as a number of units of a selection; see the masked layout."""
         found = portion(share, k, self.grid, self.key)
         if isinstance(found, int):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
 from topkast_jax.grid import Grid, portion
-from topkast_jax.select import random_k, top_k
+from topkast_jax.select import random_k, top_k, top_k_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class MaskedLeaf:
         allowed = grid.of_entries(allowed if outside is None else allowed & ~outside)
         return grid.spread(random_k(self.key, k, allowed.shape, grid.roles, allowed))
 
-    def portion(self, share: Any, k: int) -> Any:
+    def portion(self, share: Any, k: Any) -> Any:
         """`share * k` as a number of units of a selection; see `grid.portion`."""
         return portion(share, k, self.grid, self.key)
 
@@ -100,3 +100,25 @@ class MaskedLeaf:
     def masks(self, forward: Array, backward: Array, shrink: Any = None) -> LeafMasks:
         """A and B, as the state keeps them."""
         return LeafMasks(jnp.asarray(forward), jnp.asarray(backward), shrink)
+
+
+def top_across(
+    leaves: list[MaskedLeaf], scores: list[Array] | None, k: Any, nested: bool
+) -> list[Array]:
+    """The `k` entries of largest score over several parameters together.
+
+    Args:
+      leaves: the parameters.
+      scores: of their entries; None chooses at random.
+      k: as `tk.top_k_tree` takes it.
+      nested: whether only entries of A may be chosen.
+    Returns:
+      A set for each parameter; one may be empty. Ties go to the first parameter and the
+      lowest position.
+    """
+    among = [leaf.forward for leaf in leaves] if nested else None
+    if scores is None:  # all equal, and ties in random order
+        equal = [jnp.zeros_like(leaf.value, jnp.float32) for leaf in leaves]
+        return list(top_k_tree(equal, k, among, leaves[0].key))
+    dtype = jnp.result_type(*scores)
+    return list(top_k_tree([s.astype(dtype) for s in scores], k, among))

@@ -3,8 +3,14 @@
 from collections.abc import Callable
 
 from topkast_jax._types import Method
+from topkast_jax.methods.acdc import acdc
+from topkast_jax.methods.delayed import delayed as delayed
 from topkast_jax.methods.drop_grow import rigl, set_
+from topkast_jax.methods.granet import granet
+from topkast_jax.methods.once import one_shot, snip
+from topkast_jax.methods.pruning import magnitude, random_pruning, saliency
 from topkast_jax.methods.static import static
+from topkast_jax.methods.straight_through import straight_through
 from topkast_jax.methods.top_kast import top_kast
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -12,4 +18,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "static": static,
     "set": set_,
     "rigl": rigl,
+    "magnitude": magnitude,
+    "saliency": saliency,
+    "random_pruning": random_pruning,
+    "one_shot": one_shot,
+    "snip": snip,
+    "straight_through": straight_through,
+    "acdc": acdc,
+    "granet": granet,
 }

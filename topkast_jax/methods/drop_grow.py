@@ -124,13 +124,10 @@ def rigl(
       Evci et al., "Rigging the Lottery", 2020, arXiv 1911.11134.
     """
 
-    def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
-        return leaf.grow(gradient, n, outside=kept)
-
     base = static(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
-    method = _drop_grow(base, drop_fraction, refresh, grow)
+    method = _drop_grow(base, drop_fraction, refresh, by_gradient)
     return method._replace(name="rigl", probe=True)
 
 
@@ -138,6 +135,19 @@ def _drop_grow(
     base: Method, drop_fraction: float | Schedule, refresh: Due, grow: Grow
 ) -> Method:
     """A method with A = B of constant size that starts from the masks of `base`."""
+    share = drop_share(drop_fraction)
+
+    def refresh_masks(
+        leaf: Leaf, memory: Memory, step: Any
+    ) -> tuple[LeafMasks, Memory]:
+        k = leaf.counts.forward
+        return exchanged(leaf, leaf.forward, k, share(step), grow), memory
+
+    return base._replace(refresh=refresh_masks, due=refresh)
+
+
+def drop_share(drop_fraction: float | Schedule) -> Callable[[Any], Any]:
+    """`step -> share` of A to replace, in [0, 1]; ValueError for a number outside."""
     if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
         raise ValueError(f"drop_fraction={drop_fraction} must lie in [0, 1]")
 
@@ -146,13 +156,27 @@ def _drop_grow(
             return jnp.clip(jnp.asarray(drop_fraction(step)), 0, 1)
         return drop_fraction
 
-    def refresh_masks(
-        leaf: Leaf, memory: Memory, step: Any
-    ) -> tuple[LeafMasks, Memory]:
-        k = leaf.counts.forward
-        n = leaf.portion(share(step), k)
-        kept = leaf.top(magnitude(leaf), k - n, among=leaf.forward)
-        chosen = leaf.union(kept, grow(leaf, n, kept))
-        return leaf.masks(chosen, chosen), memory
+    return share
 
-    return base._replace(refresh=refresh_masks, due=refresh)
+
+def exchanged(
+    leaf: Leaf, present: Entries, k: Any, share: Any, grow: Grow
+) -> LeafMasks:
+    """A = B of k units: the largest |theta| among those present, and others grown.
+
+    Args:
+      leaf: the parameter.
+      present: out of which units are kept.
+      k: units of the new A.
+      share: of k that is grown.
+      grow: `(leaf, n, kept) -> entries`, n units outside those kept.
+    """
+    n = leaf.portion(share, k)
+    kept = leaf.top(magnitude(leaf), k - n, among=present)
+    chosen = leaf.union(kept, grow(leaf, n, kept))
+    return leaf.masks(chosen, chosen)
+
+
+def by_gradient(leaf: Leaf, n: Any, kept: Entries) -> Entries:
+    """Growth of RigL: the largest |gradient|."""
+    return leaf.grow(gradient, n, outside=kept)
