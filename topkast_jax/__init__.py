@@ -25,7 +25,20 @@ from topkast_jax.layouts.journal import Journal
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
-from topkast_jax.methods import METHODS, rigl, set_, static, top_kast
+from topkast_jax.methods import (
+    ALIASES,
+    METHODS,
+    deep_r,
+    dsr,
+    mest,
+    rigl,
+    rigl_itop,
+    set_,
+    snfs,
+    srigl,
+    static,
+    top_kast,
+)
 from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import due, fan_in_normal, shapes, start
@@ -62,6 +75,7 @@ def __getattr__(name: str) -> Any:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALIASES",
     "METHODS",
     "Axes",
     "BlockMatrix",
@@ -93,8 +107,10 @@ __all__ = [
     "convert",
     "cosine",
     "cubic",
+    "deep_r",
     "dense_masks",
     "drop_in",
+    "dsr",
     "due",
     "erdos_renyi",
     "erk",
@@ -110,6 +126,7 @@ __all__ = [
     "kernels",
     "load_store",
     "masks",
+    "mest",
     "metrics",
     "n_of_m",
     "ops",
@@ -121,11 +138,14 @@ __all__ = [
     "reduce_gradients",
     "refresh",
     "rigl",
+    "rigl_itop",
     "set_",
     "shapes",
     "sharding_specs",
+    "snfs",
     "sparse",
     "sparsify",
+    "srigl",
     "start",
     "state_shardings",
     "static",

@@ -144,7 +144,7 @@ def refresh(
             shipped[source < 0] = 0
             new_theta[i] = stored(shipped, site)
         indices[i] = indexed(new, choice.masks, site, recipe)
-        memory[i] = choice.memory
+        memory[i] = jax.tree.map(jnp.asarray, choice.memory)
     if recipe.method.reservoir and store.journal is not None:
         store.journal.append(leaving)
     packed = job.treedef.unflatten(new_theta)
@@ -192,6 +192,11 @@ class _Job:
         self.memory = self.treedef.flatten_up_to(memory)
         self.seed = np.array(self.state.sparse_seed)
         self.found = [None] * len(self.flat)
+        if found is None and recipe.method.needs_gradient:
+            raise ValueError(
+                f"{recipe.method.name} chooses by the gradient of the entries in A: "
+                "pass found=tk.probe(...), made in the step before the refresh"
+            )
         if found is not None:
             self.found = self.treedef.flatten_up_to(found)
         self.step = int(self.state.sparse_step)
@@ -262,6 +267,7 @@ class _Job:
         if found is not None:
             grads = np.asarray(found.grad).reshape(-1, *site.grid.unit)
             grad = grads[order]
+        if found is not None and found.index is not None:
             there, place = host.selection_places(site.grid, np.asarray(found.index))
             others = np.asarray(found.candidates).reshape(-1, *site.grid.unit)[place]
             candidates = (there, others)

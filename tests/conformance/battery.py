@@ -28,7 +28,25 @@ METHODS: dict[str, Callable[..., tk.Method]] = {
     "static": lambda refresh, **options: tk.static(FORWARD, **options),
     "set": lambda **options: tk.set_(FORWARD, drop_fraction=DROP, **options),
     "rigl": lambda **options: tk.rigl(FORWARD, drop_fraction=DROP, **options),
+    "rigl_itop": lambda **options: tk.rigl_itop(FORWARD, drop_fraction=DROP, **options),
+    "snfs": lambda **options: tk.snfs(FORWARD, drop_fraction=DROP, **options),
+    "mest": lambda **options: tk.mest(FORWARD, drop_fraction=DROP, **options),
+    "srigl": lambda **options: tk.srigl(
+        FORWARD, drop_fraction=DROP, gamma_sal=0.7, **options
+    ),
+    "dsr": lambda **options: tk.dsr(
+        FORWARD, threshold=0.1, drop_fraction=DROP, **options
+    ),
+    "deep_r": lambda **options: tk.deep_r(
+        FORWARD, l1=0.05, temperature=0.05, **options
+    ),
 }
+BETWEEN = ("snfs", "dsr", "deep_r")
+"""Entries move between parameters: the total is constant, not the parts."""
+COLUMNS = ("srigl",)
+"""Every column of outputs has the same number of entries, or none."""
+RATE = 0.05
+"""Learning rate told to methods that scale by it."""
 
 
 def make_method(name: str, where: Any = tk.kernels) -> tk.Method:

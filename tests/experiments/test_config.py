@@ -78,7 +78,7 @@ def test_differences_see_through_tuples() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["dense", "static", "set", "rigl", "top_kast"])
+@pytest.mark.parametrize("method", ["dense", *tk.METHODS])
 @pytest.mark.parametrize("smoke", ["", ",smoke"])
 def test_quickstart_builds_every_method(method: str, smoke: str) -> None:
     config = quickstart.get_config(f"method={method}{smoke}")

@@ -3,7 +3,12 @@
 from collections.abc import Callable
 
 from topkast_jax._types import Method
-from topkast_jax.methods.drop_grow import rigl, set_
+from topkast_jax.methods.deep_r import deep_r
+from topkast_jax.methods.drop_grow import rigl, rigl_itop, set_
+from topkast_jax.methods.dsr import dsr
+from topkast_jax.methods.mest import mest
+from topkast_jax.methods.snfs import snfs
+from topkast_jax.methods.srigl import srigl
 from topkast_jax.methods.static import static
 from topkast_jax.methods.top_kast import top_kast
 
@@ -12,4 +17,13 @@ METHODS: dict[str, Callable[..., Method]] = {
     "static": static,
     "set": set_,
     "rigl": rigl,
+    "rigl_itop": rigl_itop,
+    "snfs": snfs,
+    "mest": mest,
+    "srigl": srigl,
+    "dsr": dsr,
+    "deep_r": deep_r,
 }
+
+ALIASES = {"rigl_itop": "rigl"}
+"""Methods that choose the masks of another, given the same numbers and schedule."""
