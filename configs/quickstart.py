@@ -17,10 +17,27 @@ held-out text with a tenth of the weights of every kernel (dense: 2.3). Masks ov
 arrays save no time: see the panel "cost" of summary.png.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from configs import common
+
+DROP_GROW: dict[str, dict[str, Any]] = {
+    "set": {},
+    "rigl": {},
+    "rigl_itop": {},
+    # beta of the mean gradient; whether entries move between layers.
+    "snfs": dict(momentum=0.9, redistribute=True),
+    # lambda of |theta| + lambda |g|; whether A is larger until the next refresh.
+    "mest": dict(weight=0.01, soft=False),
+    # Share of the fan-in that must be salient, else a neuron goes.
+    "srigl": dict(gamma_sal=0.3),
+    # The first H; by how much its count may be off before H changes.
+    "dsr": dict(threshold=1e-3, tolerance=0.1),
+}
+"""What these methods take beside a drop fraction."""
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -42,6 +59,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         else args["backward"]
     )
     structured = args["structure"] != "unstructured"
+    structure = args["structure"]
+    if method == "srigl" and not structured:
+        structure = "fan_in"  # what it is about
     masked = args["layout"] == "masked"
     if method == "dense" and (structured or not masked or args["forward"] is not None):
         raise ValueError(
@@ -114,7 +134,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             refresh_delay=0,  # steps from the choice of masks to their coming into force
             reservoir="memory",  # of packed layouts, or "files" in the workdir
             # Or "blocks:8x128", "fan_in", "fan_in:1x64", "n_of_m:32".
-            structure=args["structure"],
+            structure=structure,
             # Selections apart, by which packed parameters are cut over a mesh.
             groups=1,
             groups_along="outputs",  # or "inputs", or ((glob, axis), ...)
@@ -135,12 +155,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             explore="top",  # B\A: the next largest, or "random"
             **refreshes,
         )
-    elif method in ("set", "rigl"):
+    elif method in DROP_GROW:
         config.sparse.update(
             sparsity=forward,
             drop_fraction=0.3,  # share of A replaced at a refresh
             drop_decay="cosine",  # to 0 at the last step, or "constant"
             **refreshes,
+            **DROP_GROW[method],
+        )
+        if method == "srigl" and not masked:
+            config.sparse.gamma_sal = 0.0  # packed arrays cannot lose neurons
+    elif method == "deep_r":
+        config.sparse.update(
+            sparsity=forward,
+            l1=1e-5,  # weight of the penalty
+            temperature=1e-9,  # of the noise: sqrt(2 eta T) at each step
+            scope="network",  # within which entries move, or "leaf"
+            strict=False,  # whether a weight of exactly zero dies
+            **refreshes | dict(refresh=1),
         )
     elif method in ("magnitude", "saliency", "random_pruning"):
         config.sparse.update(

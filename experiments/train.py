@@ -254,8 +254,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
             at.add(measured)
             masks = tk.masks(state.opt_state) if method else None
-            probed = [refreshed(at.step - n) for n in range(len(measured))]
-            apart = bool(run.packed and method and method.probe)
+            always = bool(method and method.probe == "always")
+            probed = [always or refreshed(at.step - n) for n in range(len(measured))]
+            reads = bool(method and (method.probe or method.needs_gradient))
+            apart = run.packed and reads
             spent, dense = flops(state.params, masks, task.uses, probed, apart)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
             if log_now:

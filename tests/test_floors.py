@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
-    ["distribution", "schedule", "score", "select", "structure", "grid"],
+    ["distribution", "schedule", "score", "select", "apportion", "structure", "grid"],
     ["layouts", "forward", "ops", "activations"],
     ["methods"],
     ["mixture", "plan", "transformation", "faults", "sets", "sharding", "packed", "refresh", "convert", "probe",

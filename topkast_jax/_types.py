@@ -48,7 +48,8 @@ class Counts(NamedTuple):
 
     Where a structure has been applied: units per selection. The two are the same
     without a structure. For methods whose sets change in size, A never holds fewer than
-    `forward` and B never more than `backward`.
+    `forward` and B never more than `backward`; where entries move between parameters or
+    selections, the two are what they start with.
     """
 
     forward: int
@@ -59,12 +60,15 @@ class LeafMasks(NamedTuple):
     """A and B of one leaf, in the form of its layout.
 
     `shrink` is by how much the magnitudes on A are smaller in alpha than in theta, a
-    number or an array that broadcasts against the leaf; None: they are the same.
+    number or an array that broadcasts against the leaf; None: they are the same. `fresh`
+    are entries of B that begin at zero once more, though they were in B before; None:
+    none. It is for the refresh alone, the state does not keep it.
     """
 
     forward: Entries
     backward: Entries
     shrink: Any = None
+    fresh: Entries | None = None
 
 
 class Masks(NamedTuple):
@@ -128,8 +132,19 @@ class Leaf(View, Protocol):
     that the same method runs in every layout.
     """
 
+    @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        ...
+
     def top(self, scores: Any, k: Any, among: Any = None) -> Entries:
         """The `k` units of largest score, among those marked; ties by position."""
+        ...
+
+    def quota(self, scores: Any, k: Any, among: Any = None) -> Any:
+        """How many of a slice's `k` units of largest score lie in each selection; `top`
+        and the rest take it.
+        """
         ...
 
     def grow(
@@ -150,6 +165,10 @@ class Leaf(View, Protocol):
         """A set from a bool array of the parameter's shape, of at most so many units."""
         ...
 
+    def marks(self, entries: Entries) -> Any:
+        """A set as a bool array of the parameter's shape, in any layout."""
+        ...
+
     def count(self, entries: Entries) -> Any:
         """Units of a set, for each selection; `top` and the rest take it."""
         ...
@@ -167,7 +186,11 @@ class Leaf(View, Protocol):
         ...
 
     def masks(
-        self, forward: Entries, backward: Entries, shrink: Any = None
+        self,
+        forward: Entries,
+        backward: Entries,
+        shrink: Any = None,
+        fresh: Entries | None = None,
     ) -> LeafMasks:
         """A and B, as the state keeps them."""
         ...
@@ -205,6 +228,10 @@ class Method(NamedTuple):
       fixed: whether A and B of every parameter keep their sizes (but for a last refresh
         that makes B smaller); packed arrays need that.
       note: what a plan says of sets whose sizes change; "" for nothing.
+      needs_gradient: whether `refresh` reads the gradient of entries in A; packed arrays
+        get it from `tk.probe`.
+      entrywise: whether the memory, other than for reading by the user, holds something
+        of every entry; packed arrays have no place for it.
     """
 
     name: str
@@ -226,6 +253,8 @@ class Method(NamedTuple):
     ) = None
     fixed: bool = True
     note: str = ""
+    needs_gradient: bool = False
+    entrywise: bool = False
 
 
 class Mixture(NamedTuple):

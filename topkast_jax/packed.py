@@ -27,7 +27,7 @@ from topkast_jax.layouts.packed import Index, PackedLeaf
 from topkast_jax.layouts.share import Share
 from topkast_jax.layouts.store import Store
 from topkast_jax.plan import Site
-from topkast_jax.sets import tree_of
+from topkast_jax.sets import tree_of, view
 from topkast_jax.sharding import packed_sharding, state_shardings
 from topkast_jax.transformation import Recipe, Sparse, recipe_of
 
@@ -182,7 +182,8 @@ def start(
             units = stores.add(store, site.path, units, share.of)
         del dense
         leaf = host_leaf(site, seed, 0, units, share, parameter.array.dtype)
-        masks, memory[i] = site.method.init(leaf)
+        masks, own = site.method.init(leaf)
+        memory[i] = jax.tree.map(jnp.asarray, own)
         numbers = host.numbered(site.grid, masks, len(share.own))
         indices[i] = indexed(numbers, masks, share, recipe)
         if units is None:
@@ -320,6 +321,7 @@ def shapes(
     theta = [struct(jnp.shape(p.array), p.array.dtype) for p in flat]
     indices: dict[int, Index] = {}
     found = plan_lib.sites(recipe.method, recipe.axes, flat)
+    dense = [theta[site.index] for site in found]
     if unknown := sorted(set(sizes or {}) - {site.path for site in found}):
         raise ValueError(f"tk.shapes: sizes for {unknown[0]!r}, which is not sparse")
     for site in found:
@@ -332,9 +334,19 @@ def shapes(
         theta[site.index] = struct((*shape, *site.grid.unit), theta[site.index].dtype)
     packed = treedef.unflatten(theta)
 
+    def remembered(site: Site, value: Array) -> Any:
+        """The memory of a method: of one form in every layout."""
+        nothing = LeafMasks(*[jnp.zeros_like(value, bool)] * 2)
+        seed = jnp.asarray(recipe.seed, jnp.uint32)
+        return site.method.init(view(site, value, nothing, value, seed, 0))[1]
+
     def state(packed: PyTree) -> SparseState:
         seed = jnp.asarray(recipe.seed, jnp.uint32)
-        return state_of(recipe, seed, treedef, {}, dict.fromkeys(indices, ()), packed)
+        memory = {
+            site.index: remembered(site, jnp.zeros(shape.shape, shape.dtype))
+            for site, shape in zip(found, dense, strict=True)
+        }
+        return state_of(recipe, seed, treedef, {}, memory, packed)
 
     masks = Masks(*(tree_of(treedef, found) for found in (indices, {}, {})))
     return packed, jax.eval_shape(state, packed)._replace(sparse_masks=masks)

@@ -28,6 +28,9 @@ P: Any = PartitionSpec
 class Found:
     """What `probe` saw of one parameter.
 
+    A method that reads the gradient of A alone (`tk.mest`) is content with that of the
+    step: `Found(None, None, grad)`.
+
     Attributes:
       index: int32 [slices, c], units outside A of largest gradient, as many as A has.
       candidates: [slices, c, *unit], their gradients.

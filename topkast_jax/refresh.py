@@ -151,7 +151,7 @@ def refresh(
             shipped[source < 0] = 0
             new_theta[i] = job.shares[i].place(shipped)
         indices[i] = indexed(new, choice.masks, job.shares[i], recipe)
-        memory[i] = choice.memory
+        memory[i] = jax.tree.map(jnp.asarray, choice.memory)
     if leaving and store.journal is not None:
         store.journal.append(leaving)
     packed = job.treedef.unflatten(new_theta)
@@ -211,6 +211,11 @@ class _Job:
         self.memory = self.treedef.flatten_up_to(memory)
         self.seed = np.array(self.state.sparse_seed)
         self.found = [None] * len(self.flat)
+        if found is None and recipe.method.needs_gradient:
+            raise ValueError(
+                f"{recipe.method.name} chooses by the gradient of the entries in A: "
+                "pass found=tk.probe(...), made in the step before the refresh"
+            )
         if found is not None:
             self.found = self.treedef.flatten_up_to(found)
         self.step = int(self.state.sparse_step)
@@ -287,6 +292,7 @@ class _Job:
         grad, candidates = np.zeros_like(flat), None
         if found is not None:
             grad = share.read(found.grad).reshape(-1, *grid.unit)[order]
+        if found is not None and found.index is not None:
             seen, others = (
                 np.asarray(x)[share.own] for x in (found.index, found.candidates)
             )

@@ -47,6 +47,18 @@ METHODS: dict[str, Callable[..., tk.Method]] = {
         distribution=tk.uniform,
         **options,
     ),
+    "rigl_itop": lambda **options: tk.rigl_itop(FORWARD, drop_fraction=DROP, **options),
+    "snfs": lambda **options: tk.snfs(FORWARD, drop_fraction=DROP, **options),
+    "mest": lambda **options: tk.mest(FORWARD, drop_fraction=DROP, **options),
+    "srigl": lambda **options: tk.srigl(
+        FORWARD, drop_fraction=DROP, gamma_sal=0.7, **options
+    ),
+    "dsr": lambda **options: tk.dsr(
+        FORWARD, threshold=0.1, drop_fraction=DROP, **options
+    ),
+    "deep_r": lambda **options: tk.deep_r(
+        FORWARD, l1=0.05, temperature=0.05, **options
+    ),
 }
 RAMP: Any = {"start": 0, "stop": 6}
 PHASES: Any = {"warmup": EVERY, "compressed": EVERY, "dense": EVERY, "last": 100}
@@ -62,6 +74,8 @@ class Facts(NamedTuple):
       due: whether masks may change at a step.
       probes: whether a step sees all gradients; None where none ever does.
       reservoir: whether weights off B keep their value.
+      budget: what has the counts: every "slice"; the "network", between whose parameters
+        entries move; or every "column" of outputs has the same number, or none.
     """
 
     counts: Callable[[int, int], tuple[int, int]]
@@ -69,6 +83,7 @@ class Facts(NamedTuple):
     due: Callable[[int], bool] = lambda step: step % EVERY == 0
     probes: Callable[[int], bool] | None = None
     reservoir: bool = False
+    budget: str = "slice"
 
 
 def fixed(forward: float, backward: float) -> Callable[[int, int], tuple[int, int]]:
@@ -122,7 +137,15 @@ FACTS: dict[str, Facts] = {
     "straight_through": Facts(fixed(FORWARD, 0.0), "largest", reservoir=True),
     "acdc": Facts(phases),
     "granet": Facts(cubic(BACKWARD), "exchange", probes=before_refresh),
+    "rigl_itop": Facts(SAME, "exchange", probes=before_refresh),
+    "snfs": Facts(SAME, "exchange", probes=lambda step: True, budget="network"),
+    "mest": Facts(SAME, "exchange"),
+    "srigl": Facts(SAME, probes=before_refresh, budget="column"),
+    "dsr": Facts(SAME, budget="network"),
+    "deep_r": Facts(SAME, budget="network"),
 }
+RATE = 0.05
+"""Learning rate told to methods that scale by it."""
 
 
 def make_method(name: str, where: Any = tk.kernels) -> tk.Method:
@@ -296,7 +319,9 @@ def assert_fixed_point(run: Run, tx: optax.GradientTransformation) -> None:
 
 
 def assert_counts(run: Run, name: str) -> None:
-    """Exactly k_A and k_B at every step, per slice; A within B, unless B is nothing."""
+    """Exactly k_A and k_B at every step, of whatever has a budget of its own; A within B,
+    unless B is nothing.
+    """
     theta = named(run.model.params)
     for state in run.states:
         forward, backward = sets(state)
@@ -308,9 +333,20 @@ def assert_counts(run: Run, name: str) -> None:
             assert a.shape == b.shape == theta[path].shape
             size = in_slices(run, path, a).shape[1]
             k_a, k_b = FACTS[name].counts(size, clock(state))
-            assert (in_slices(run, path, a).sum(1) == k_a).all(), path
-            assert (in_slices(run, path, b).sum(1) == k_b).all(), path
             assert k_b == 0 or not (a & ~b).any(), path
+            if FACTS[name].budget == "slice":
+                assert (in_slices(run, path, a).sum(1) == k_a).all(), path
+                assert (in_slices(run, path, b).sum(1) == k_b).all(), path
+            elif FACTS[name].budget == "column":
+                for columns in in_slices(run, path, a).reshape(-1, *a.shape[-2:]):
+                    inputs = columns.sum(0)
+                    living = int((inputs > 0).sum())
+                    fan_in = min(k_a // living, len(columns))
+                    assert set(inputs.tolist()) - {0} == {fan_in}, path
+        if FACTS[name].budget == "network":
+            wanted = sum(round((1 - FORWARD) * a.size) for a in forward.values())
+            assert sum(int(a.sum()) for a in forward.values()) == wanted
+            assert all((a == backward[path]).all() for path, a in forward.items())
 
 
 def assert_moves_when_due(run: Run, name: str) -> None:
@@ -359,7 +395,7 @@ def assert_selection(
         if chooses == "nested":
             assert not (now & ~was).any(), path
         elif chooses == "exchange":
-            k = now.sum()
+            k = min(was.sum(), now.sum())
             assert (was & now).sum() >= k - round(DROP * k), path
 
 

@@ -64,6 +64,11 @@ class HostLeaf:
         return self.grid.size
 
     @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        return self.grid.selections
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.grid.shape
 
@@ -78,6 +83,26 @@ class HostLeaf:
             units = np.where(np.asarray(among), units, -np.inf)
         chosen = _top_rows(units, _per_row(k, len(units)))
         return self._set(chosen, self.places)
+
+    def quota(self, scores: Any, k: Any, among: Any = None) -> np.ndarray:
+        """How many of a slice's `k` units of largest score lie in each selection."""
+        units = total(np.asarray(scores), len(self.grid.unit))
+        if among is not None:
+            units = np.where(np.asarray(among), units, -np.inf)
+        places = self.places
+        if places is None:
+            places = np.broadcast_to(np.arange(self.size), units.shape)
+        slices, number = _to_units(self.grid, self._keys(places).reshape(-1))
+        order = np.argsort(slices, kind="stable")
+        shape = (len(self.rows) // self.grid.selections, -1)
+        chosen = _top_rows(
+            units.reshape(-1)[order].reshape(shape),
+            _per_row(k, shape[0]),
+            number[order].reshape(shape),
+        )
+        marks = np.zeros(units.size, bool)
+        marks[order] = chosen.reshape(-1)
+        return marks.reshape(units.shape).sum(axis=1)
 
     def grow(self, score: Score, k: Any, outside: Set, among: Set | None = None) -> Set:
         """The `k` candidates of largest score outside a set; ties in random order."""
@@ -138,6 +163,19 @@ class HostLeaf:
         entries = set_of(self.grid, mask)
         return entries[np.isin(entries // self.size, self.rows)]
 
+    def marks(self, entries: Set) -> np.ndarray:
+        """A set as a bool array of the parameter's shape."""
+        grid = self.grid
+        if len(self.rows) < grid.whole[0] * grid.selections:
+            raise ValueError(
+                f"{self.path!r}: a memory of every entry needs all slices on one process"
+            )
+        slices, units = _to_units(grid, entries)
+        marks = np.zeros((grid.whole[0], grid.count), bool)
+        marks[slices, units] = True
+        wide = marks.reshape(*marks.shape, *(1 for _ in grid.unit))
+        return grid.from_units(np.broadcast_to(wide, (*marks.shape, *grid.unit)))
+
     def count(self, entries: Set) -> np.ndarray:
         """Units of a set in each selection."""
         at = np.searchsorted(self.rows, entries // self.size)
@@ -159,8 +197,19 @@ class HostLeaf:
         numbers = np.asarray(found).reshape(-1)  # one for all, or one for each
         return numbers[self.rows] if len(numbers) > 1 else numbers
 
-    def masks(self, forward: Set, backward: Set, shrink: Any = None) -> LeafMasks:
+    def masks(
+        self,
+        forward: Set,
+        backward: Set,
+        shrink: Any = None,
+        fresh: Set | None = None,
+    ) -> LeafMasks:
         """A and B, as `numbered` reads them."""
+        if fresh is not None:
+            raise ValueError(
+                f"{self.path!r}: values that begin anew while they stay in B need "
+                'layout="masked"'
+            )
         if shrink is not None:
             raise ValueError(
                 f"{self.path!r}: alpha that is smaller than theta on A needs "
@@ -244,7 +293,7 @@ def numbered(grid: Grid, masks: LeafMasks, slices: int) -> np.ndarray:
       masks: A and B.
       slices: how many they are of.
     """
-    forward, backward, _ = masks
+    forward, backward = masks.forward, masks.backward
     rest = backward[~_contains(forward, backward)]
     parts = []
     for part in (forward, rest):

@@ -41,9 +41,23 @@ class MaskedLeaf:
         """Units that compete in one selection."""
         return self.grid.size
 
+    @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        return self.grid.selections
+
     def top(self, scores: Array, k: Any, among: Array | None = None) -> Array:
         """The `k` units of largest score, among those marked; ties by position."""
         return self._top(scores, k, among, None)
+
+    def quota(self, scores: Array, k: Any, among: Array | None = None) -> Array:
+        """How many of a slice's `k` units of largest score lie in each selection."""
+        grid = self.grid
+        units = grid.scores(scores)
+        allowed = None if among is None else grid.of_entries(among)
+        axes = tuple(a for a in range(units.ndim) if a not in grid.stacked)
+        chosen = top_k(units, k, axes, allowed)
+        return jnp.sum(chosen, axis=grid.roles.within, keepdims=True, dtype=jnp.int32)
 
     def grow(
         self, score: Score, k: Any, outside: Array, among: Array | None = None
@@ -91,15 +105,25 @@ class MaskedLeaf:
         self.grid.require(self.path, mask, most)
         return jnp.asarray(mask)
 
+    def marks(self, entries: Array) -> Array:
+        """A set as a bool array of the parameter's shape."""
+        return entries
+
     def count(self, entries: Array) -> Array:
         """Units of a set: int32, the shape of `grid.array` with 1 for axes within."""
         marks = self.grid.of_entries(entries)
         within = self.grid.roles.within
         return jnp.sum(marks, axis=within, keepdims=True, dtype=jnp.int32)
 
-    def masks(self, forward: Array, backward: Array, shrink: Any = None) -> LeafMasks:
+    def masks(
+        self,
+        forward: Array,
+        backward: Array,
+        shrink: Any = None,
+        fresh: Array | None = None,
+    ) -> LeafMasks:
         """A and B, as the state keeps them."""
-        return LeafMasks(jnp.asarray(forward), jnp.asarray(backward), shrink)
+        return LeafMasks(jnp.asarray(forward), jnp.asarray(backward), shrink, fresh)
 
 
 def top_across(

@@ -7,7 +7,7 @@ from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.distribution import Distribution
 from topkast_jax.layouts.masked import top_across
-from topkast_jax.methods.drop_grow import by_gradient, drop_share, exchanged
+from topkast_jax.methods.drop_grow import by_gradient, exchanged, share_of
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.pruning import falling
 from topkast_jax.methods.shrinking import Ramp, Scope, between, totals
@@ -83,7 +83,7 @@ def granet(
       Neuroregeneration", 2021, arXiv 2106.10404.
     """
     budget, within = between(refresh, start, stop, ramp)
-    share = drop_share(drop_fraction)
+    share = share_of(drop_fraction)
 
     def due(step: Any) -> Any:
         return refresh(step) | within(step)
