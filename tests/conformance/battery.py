@@ -41,10 +41,16 @@ METHODS: dict[str, Callable[..., tk.Method]] = {
         FORWARD, l1=0.05, temperature=0.05, **options
     ),
 }
+PROBE = ("rigl", "rigl_itop", "srigl", "snfs")
+"""They read gradients of entries outside B."""
+ALWAYS = ("snfs",)
+"""At every step, not just before a refresh."""
 BETWEEN = ("snfs", "dsr", "deep_r")
 """Entries move between parameters: the total is constant, not the parts."""
 COLUMNS = ("srigl",)
 """Every column of outputs has the same number of entries, or none."""
+ADAPTIVE = ("dsr", "deep_r", "srigl")
+"""No number is given that a refresh may drop of one parameter."""
 RATE = 0.05
 """Learning rate told to methods that scale by it."""
 
@@ -158,7 +164,7 @@ def train(
 def assert_conforms(run: Run, tx: optax.GradientTransformation, name: str) -> None:
     """Everything that holds for every method with every optimizer on every tree."""
     assert_fixed_point(run, tx)
-    assert_counts(run)
+    assert_counts(run, name)
     assert_moves_when_due(run, name)
     assert_probes(run, name)
     assert_off_mask(run, name)
@@ -219,8 +225,12 @@ def assert_fixed_point(run: Run, tx: optax.GradientTransformation) -> None:
     assert run.programs == 1
 
 
-def assert_counts(run: Run) -> None:
-    """Exactly k_A and k_B at every step, per slice; A within B."""
+def assert_counts(run: Run, name: str) -> None:
+    """Exactly k_A and k_B at every step, per slice; A within B.
+
+    Where entries move between parameters, all together; where neurons are ablated, what
+    the others can hold in equal numbers.
+    """
     theta = named(run.model.params)
     reservoir = all(bool(s.sparse_reservoir) for s in sparse_states(run.states[0]))
     for state in run.states:
@@ -234,9 +244,20 @@ def assert_counts(run: Run) -> None:
             size = in_slices(run, path, a).shape[1]
             k_a = round((1 - FORWARD) * size)
             k_b = round((1 - BACKWARD) * size) if reservoir else k_a
-            assert (in_slices(run, path, a).sum(1) == k_a).all(), path
-            assert (in_slices(run, path, b).sum(1) == k_b).all(), path
             assert not (a & ~b).any(), path
+            if name in COLUMNS:
+                for columns in in_slices(run, path, a).reshape(-1, *a.shape[-2:]):
+                    inputs = columns.sum(0)
+                    living = int((inputs > 0).sum())
+                    fan_in = min(k_a // living, len(columns))
+                    assert set(inputs.tolist()) - {0} == {fan_in}, path
+            elif name not in BETWEEN:
+                assert (in_slices(run, path, a).sum(1) == k_a).all(), path
+                assert (in_slices(run, path, b).sum(1) == k_b).all(), path
+        if name in BETWEEN:
+            wanted = sum(round((1 - FORWARD) * a.size) for a in forward.values())
+            assert sum(int(a.sum()) for a in forward.values()) == wanted
+            assert all((a == backward[path]).all() for path, a in forward.items())
 
 
 def assert_moves_when_due(run: Run, name: str) -> None:
@@ -280,19 +301,21 @@ def assert_selection(
     marks_old = in_slices(run, path, old[path])
     marks_new = in_slices(run, path, new[0][path])
     for was, now in zip(marks_old, marks_new, strict=True):
+        if name in ADAPTIVE:  # how many stay is for the weights to say
+            continue
         k = was.sum()
         assert (was & now).sum() >= k - round(DROP * k), path
 
 
 def assert_probes(run: Run, name: str) -> None:
-    """RigL sees all gradients in the step before a refresh; the others never do."""
+    """All gradients are seen in the step before a refresh, always, or never."""
     for state in run.states:
         probes = named(tk.masks(state).probe)
-        if name != "rigl":
+        if name not in PROBE:
             assert probes == {}
             continue
         assert probes.keys() == sets(state)[0].keys()
-        want = (clock(state) + 1) % EVERY == 0
+        want = name in ALWAYS or (clock(state) + 1) % EVERY == 0
         assert all(bool(probe) == want for probe in probes.values())
 
 
