@@ -1,5 +1,7 @@
 """Every method with every kind of optimizer: the invariants hold for each pair."""
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import battery
@@ -8,6 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from battery import RATE
 
 import topkast_jax as tk
 
@@ -16,7 +19,7 @@ Build = Callable[[tk.Method], optax.GradientTransformation]
 
 def inside(inner: Callable[[], optax.GradientTransformation]) -> Build:
     """`tk.sparse` around an optimizer, made anew for each cell."""
-    return lambda method: tk.sparse(inner(), method)
+    return lambda method: tk.sparse(inner(), method, learning_rate=RATE)
 
 
 def momentum() -> optax.GradientTransformation:
@@ -65,16 +68,17 @@ OPTIMIZERS: dict[str, Build] = {
     ),
     "multi_transform_inside": inside(lambda: by_layer(adam(), momentum())),
     "multi_steps_outside": lambda method: optax.MultiSteps(
-        tk.sparse(adam(), method), 2
+        tk.sparse(adam(), method, learning_rate=RATE), 2
     ).gradient_transformation(),
     "multi_transform_outside": lambda method: by_layer(
-        tk.sparse(adam(), method), tk.sparse(momentum(), method)
+        tk.sparse(adam(), method, learning_rate=RATE),
+        tk.sparse(momentum(), method, learning_rate=RATE),
     ),
     "multi_transform_dense_layer": lambda method: by_layer(
-        tk.sparse(adam(), method), momentum()
+        tk.sparse(adam(), method, learning_rate=RATE), momentum()
     ),
     "apply_if_finite": lambda method: optax.apply_if_finite(
-        tk.sparse(adam(), method), max_consecutive_errors=3
+        tk.sparse(adam(), method, learning_rate=RATE), max_consecutive_errors=3
     ),
 }
 
@@ -96,6 +100,22 @@ def test_every_method_is_in_the_battery() -> None:
     assert battery.METHODS.keys() == battery.FACTS.keys() == tk.METHODS.keys()
     for name in tk.METHODS:
         assert battery.make_method(name).name == name
+
+
+@functools.cache
+def weights_after_six_steps(name: str) -> np.ndarray:
+    """With momentum, of the same start, seed, sparsity and schedule."""
+    model = battery.plain_dict()
+    run = battery.train(model, OPTIMIZERS["momentum"](battery.make_method(name)))
+    return np.concatenate([np.ravel(x) for x in battery.named(run.params[-1]).values()])
+
+
+def test_trajectories_differ_unless_they_are_aliases() -> None:
+    ends = {name: weights_after_six_steps(name) for name in tk.METHODS}
+    assert set(tk.ALIASES) <= set(ends)
+    for one, two in itertools.combinations(ends, 2):
+        same = two in (tk.ALIASES.get(one), one) or one == tk.ALIASES.get(two)
+        assert np.array_equal(ends[one], ends[two]) == same, (one, two)
 
 
 @pytest.mark.parametrize(("method", "optimizer"), DEFAULT)
