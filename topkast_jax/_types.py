@@ -291,6 +291,11 @@ class Mixture(NamedTuple):
         return any(method.reservoir for method in self.methods)
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether any of them reads the gradient of entries in A."""
+        return any(method.needs_gradient for method in self.methods)
+
+    @property
     def probe(self) -> bool | Literal["always"]:
         """What the most curious of them asks for."""
         asked = [method.probe for method in self.methods if method.probe]
