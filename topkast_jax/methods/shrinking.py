@@ -51,7 +51,7 @@ class Budget(NamedTuple):
         """round(last + (first - last) * left), halves to even."""
         return [round(last + (first - last) * share) for share in self.left]
 
-    def count(self, first: int, last: int, step: Step) -> Int[Array, ""]:
+    def entries(self, first: int, last: int, step: Step) -> Int[Array, ""]:
         """The number at a step, below 2^31."""
         return jnp.asarray(np.array(self.table(first, last), np.int32))[
             self.which(step)
@@ -91,7 +91,8 @@ def between(refresh: Due, start: int, stop: int, ramp: Ramp) -> tuple[Budget, Du
     progress = [Fraction(int(t) - start, stop - start) for t in steps]
     shares = [_exact(way(Fraction(p))) for p in progress]
     ends = [_exact(way(Fraction(p))) for p in (0, 1)]
-    if ends != [0, 1] or sorted([0, *shares, 1]) != [0, *shares, 1]:
+    path = [Fraction(0), *shares, Fraction(1)]
+    if ends != [0, 1] or sorted(path) != path:
         raise ValueError(f"ramp={ramp!r} does not rise from 0 to 1 over [0, 1]")
 
     def which(step: Any) -> Any:
@@ -163,7 +164,7 @@ def shrinking(
     """
 
     def refresh(leaf: Leaf, memory: Memory, step: Any) -> tuple[LeafMasks, Memory]:
-        k = budget.count(leaf.counts.backward, leaf.counts.forward, step)
+        k = budget.entries(leaf.counts.backward, leaf.counts.forward, step)
         among = leaf.forward if nested else None
         if score is None:
             chosen = leaf.draw(k, among=among)
@@ -172,7 +173,8 @@ def shrinking(
         return leaf.masks(chosen, chosen), memory
 
     def across(leaves: list[Any], memories: list[Memory], step: Any) -> Any:
-        k = budget.total(*totals(leaves, sparsities), step)
+        first, last = totals(leaves, sparsities)
+        k = budget.total(first, last, step)
         scores = None
         if score is not None:
             pairs = zip(leaves, memories, strict=True)
