@@ -137,6 +137,12 @@ class Assembly(NamedTuple):
 
 def _starts_at_random(sparse: Mapping[str, Any]) -> bool:
     """Whether the first A of a method is drawn, unless the config says otherwise."""
+    if sparse["method"] == "rules":
+        return any(
+            _starts_at_random(given)
+            for _, given in sparse["rules"]
+            if isinstance(given, Mapping)
+        )
     factory = tk.METHODS.get(sparse["method"])
     if factory is None or "init" in sparse:
         return bool(sparse.get("init") == "random")
