@@ -6,7 +6,10 @@ import pathlib
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-PAGES = [*sorted((DOCS / "methods").glob("*.md")), DOCS / "migration_from_jaxpruner.md"]
+PAGES = [
+    *sorted(p for p in (DOCS / "methods").glob("*.md") if p.stem != "README"),
+    DOCS / "migration_from_jaxpruner.md",
+]
 
 
 def test_there_are_pages():
