@@ -7,7 +7,11 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = [
-    *sorted(p for p in (DOCS / "methods").glob("*.md") if p.stem != "README"),
+    *sorted(
+        p
+        for p in (DOCS / "methods").glob("*.md")
+        if p.stem not in ("README", "layouts")
+    ),
     DOCS / "migration_from_jaxpruner.md",
 ]
 
