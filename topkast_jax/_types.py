@@ -46,7 +46,8 @@ class Counts(NamedTuple):
 
     Where a structure has been applied: units per selection. The two are the same
     without a structure. For methods whose sets change in size, A never holds fewer than
-    `forward` and B never more than `backward`.
+    `forward` and B never more than `backward`; a dense beginning (`tk.delayed`) apart,
+    and where parameters compete (`Method.across`) these are what they would share.
     """
 
     forward: int
