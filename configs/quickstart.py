@@ -142,7 +142,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             distribution="erk" if method == "granet" else "uniform",
             begin=placeholder(int),  # dense before this step; None: the method at once
         )
-    if method in ("static", "set", "rigl"):
+    if method in ("static", "deep_r", *DROP_GROW):
         config.sparse.init = "random"  # the first A; or "magnitude", or masks.npz
     if method == "top_kast":
         config.sparse.update(

@@ -244,3 +244,93 @@ def test_what_dies_and_revives_at_once_begins_at_zero():
     assert params["kernel"].tolist() == [[0.5, -1.5], [0.0, 0.0]]
     assert state.sparse_inner[0].trace["kernel"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert tk.masks(state).forward["kernel"].all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: tk.snfs(0.9, drop_fraction=1.0, **o),
+        lambda **o: tk.srigl(0.9, drop_fraction=1.0, gamma_sal=0.0, **o),
+        lambda **o: tk.rigl_itop(0.9, drop_fraction=1.0, **o),
+    ],
+    ids=["snfs", "srigl", "rigl_itop"],
+)
+def test_growth_where_nothing_has_a_gradient_is_spread(make):
+    """A peer grew at the lowest positions: all of it in the first rows."""
+    tx = tk.sparse(optax.sgd(0.1), make(refresh=tk.every(1)), seed=SEED)
+    params = {"kernel": jnp.ones((40, 20))}
+    state = tx.init(params)
+    _, state = tx.update({"kernel": jnp.zeros((40, 20))}, state, params)
+    rows = np.flatnonzero(np.asarray(tk.masks(state).forward["kernel"]).any(1))
+    assert len(rows) > 20 and rows.max() > 30
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tk.snfs(0.9, momentum=1.0), "momentum=1.0 must lie in"),
+        (lambda: tk.snfs(0.9, structure=tk.fan_in()), "fan-in keeps as many in every"),
+        (lambda: tk.dsr(0.9, threshold=0.0), "threshold=0.0 must be above 0"),
+        (lambda: tk.dsr(0.9, tolerance=1.0), "tolerance=1.0 must lie in"),
+        (lambda: tk.dsr(0.9, structure=tk.blocks(2, 2)), "holds single weights"),
+        (lambda: tk.dsr(0.9, structure=tk.n_of_m(4)), "N:4 keeps as many in every"),
+        (lambda: tk.mest(0.9, weight=-1.0), "weight=-1.0 must be at least 0"),
+        (lambda: tk.mest(0.9, drop_fraction=1.5), "drop_fraction=1.5 must lie in"),
+        (lambda: tk.srigl(0.9, gamma_sal=-0.1), "gamma_sal=-0.1 must be at least 0"),
+        (lambda: tk.srigl(0.9, structure=tk.unstructured), "no constant fan-in"),
+        (lambda: tk.srigl(0.9, structure=tk.fan_in(1, 4)), "ablated one by one"),
+        (lambda: tk.deep_r(0.9, l1=-1.0), "l1=-1.0 must be at least 0"),
+        (lambda: tk.deep_r(0.9, scope="layer"), "scope='layer' is not"),
+        (lambda: tk.deep_r(0.9, structure=tk.blocks(2, 2)), "a sign to every weight"),
+        (lambda: tk.deep_r(0.9, structure=tk.fan_in()), 'use scope="leaf"'),
+        (
+            lambda: tk.sparse(optax.sgd(0.1), tk.deep_r(0.9)),
+            "deep_r: what it adds .* learning_rate",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_blocks_of_two_sizes_cannot_be_exchanged():
+    tx = tk.sparse(optax.sgd(0.1), tk.snfs(0.5, structure=tk.blocks(2, 4)))
+    params = {"one/kernel": jnp.ones((4, 8)), "two/kernel": jnp.ones((8, 2))}
+    with pytest.raises(ValueError, match="'one/kernel' have 8 entries, .* 4: moving"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_blocks_move_whole():
+    method = tk.snfs(0.5, structure=tk.blocks(2, 2), refresh=tk.every(1))
+    tx = tk.sparse(optax.sgd(0.1), method)
+    params = {"one/kernel": jnp.ones((4, 8)), "two/kernel": jnp.ones((8, 4))}
+    state = tx.init(params)
+    grads = {"one/kernel": jnp.ones((4, 8)), "two/kernel": jnp.zeros((8, 4))}
+    _, state = tx.update(grads, state, params)
+    forward = numpy_tree(tk.masks(state).forward)
+    # Two of four blocks each were dropped, and all four go where the momentum is.
+    assert {path: int(m.sum()) for path, m in forward.items()} == {
+        "one/kernel": 24,
+        "two/kernel": 8,
+    }
+    for mask in forward.values():
+        units = mask.reshape(mask.shape[0] // 2, 2, -1, 2)
+        assert (units.all((1, 3)) == units.any((1, 3))).all()
+
+
+def test_every_gradient_of_snfs_is_counted():
+    """2 f_sparse + f_dense, at every step."""
+    tx = tk.sparse(optax.sgd(0.1), tk.snfs(0.75, refresh=tk.every(7)))
+    params = {"kernel": jnp.ones((8, 8))}
+    state = tx.init(params)
+    for _ in range(3):
+        found = tk.metrics.flops(params, tk.masks(state), {"kernel": 5})
+        assert found.fraction == pytest.approx((2 * 0.25 + 1) / 3)
+        _, state = tx.update(params, state, params)
+
+
+def test_nothing_to_explore_is_an_error():
+    tx = tk.sparse(optax.sgd(0.1), tk.rigl(0.5))
+    with pytest.raises(ValueError, match="use tk.rigl_itop"):
+        tk.metrics.exploration_rate(tx.init({"kernel": jnp.ones((4, 4))}))

@@ -48,13 +48,9 @@ class Counts(NamedTuple):
 
     Where a structure has been applied: units per selection. The two are the same
     without a structure. For methods whose sets change in size, A never holds fewer than
-<<<<<<< HEAD
-    `forward` and B never more than `backward`; where entries move between parameters or
-    selections, the two are what they start with.
-=======
-    `forward` and B never more than `backward`; a dense beginning (`tk.delayed`) apart,
-    and where parameters compete (`Method.across`) these are what they would share.
->>>>>>> wt-d
+    `forward` and B never more than `backward`, a dense beginning (`tk.delayed`) apart.
+    Where entries move between parameters or selections, or parameters compete
+    (`Method.across`), the two are what they start with, or would share.
     """
 
     forward: int

@@ -88,11 +88,20 @@ DEFAULT = list(dict.fromkeys(ROWS + COLUMNS))
 REST = [(m, o) for m in tk.METHODS for o in OPTIMIZERS if (m, o) not in DEFAULT]
 
 
+@functools.cache
+def with_momentum(name: str) -> tuple[optax.GradientTransformation, battery.Run]:
+    """Six steps, for the cells of this optimizer and for the comparison of methods."""
+    tx = OPTIMIZERS["momentum"](battery.make_method(name))
+    return tx, battery.train(battery.plain_dict(), tx, 6)
+
+
 def run_cell(method: str, optimizer: str) -> None:
-    model = battery.plain_dict()
-    tx = OPTIMIZERS[optimizer](battery.make_method(method))
-    steps = 10 if optimizer == "multi_steps_outside" else 6
-    run = battery.train(model, tx, steps)
+    if optimizer == "momentum":
+        tx, run = with_momentum(method)
+    else:
+        tx = OPTIMIZERS[optimizer](battery.make_method(method))
+        steps = 10 if optimizer == "multi_steps_outside" else 6
+        run = battery.train(battery.plain_dict(), tx, steps)
     battery.assert_conforms(run, tx, method)
 
 
@@ -102,16 +111,13 @@ def test_every_method_is_in_the_battery() -> None:
         assert battery.make_method(name).name == name
 
 
-@functools.cache
-def weights_after_six_steps(name: str) -> np.ndarray:
-    """With momentum, of the same start, seed, sparsity and schedule."""
-    model = battery.plain_dict()
-    run = battery.train(model, OPTIMIZERS["momentum"](battery.make_method(name)))
+def last_weights(run: battery.Run) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in battery.named(run.params[-1]).values()])
 
 
 def test_trajectories_differ_unless_they_are_aliases() -> None:
-    ends = {name: weights_after_six_steps(name) for name in tk.METHODS}
+    """Of the same start, seed, sparsity and schedule."""
+    ends = {name: last_weights(with_momentum(name)[1]) for name in tk.METHODS}
     assert set(tk.ALIASES) <= set(ends)
     for one, two in itertools.combinations(ends, 2):
         same = two in (tk.ALIASES.get(one), one) or one == tk.ALIASES.get(two)

@@ -31,7 +31,7 @@ def judge_training(found: dict[str, Any], cells: int) -> None:
 
 
 def test_init_and_refresh_are_equal_on_one_and_eight_devices() -> None:
-    judge_refresh(run_suite("refresh"), cells=4)
+    judge_refresh(run_suite("refresh"), cells=6)
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_losses_agree_over_twenty_steps() -> None:
 
 @pytest.mark.slow
 def test_init_and_refresh_are_equal_on_every_mesh() -> None:
-    judge_refresh(run_suite("refresh", full=True), cells=24)
+    judge_refresh(run_suite("refresh", full=True), cells=48)
 
 
 @pytest.mark.slow

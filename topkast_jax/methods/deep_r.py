@@ -106,8 +106,8 @@ def deep_r(
     def first(leaf: Leaf) -> tuple[LeafMasks, Memory]:
         key = jax.random.fold_in(leaf.key, jnp.uint32(_SIGNS))
         coin = jax.random.bernoulli(key, shape=leaf.shape)
-        negative = jnp.where(leaf.value == 0, coin, leaf.value < 0)
-        return base.init(leaf)[0], jnp.where(negative, jnp.int8(-1), jnp.int8(1))
+        negative = (leaf.value < 0) | ((leaf.value == 0) & coin)
+        return base.init(leaf)[0], 1 - 2 * negative.astype(jnp.int8)
 
     def walk(update: Array, leaf: View, signs: Memory) -> Array:
         assert leaf.learning_rate is not None  # needs_learning_rate, below
@@ -139,7 +139,7 @@ def deep_r(
         for leaf, k in zip(leaves, kept, strict=True):
             dead += jnp.sum(leaf.count(leaf.forward) - leaf.count(k))
         dormant = [~leaf.marks(k) for leaf, k in zip(leaves, kept, strict=True)]
-        equal = [jnp.zeros(leaf.shape) for leaf in leaves]
+        equal = [jnp.zeros_like(leaf.value, jnp.float32) for leaf in leaves]
         revived = top_k_tree(equal, dead, dormant, leaves[0].key)
         rows = zip(leaves, kept, revived, signs, strict=True)
         return [(rewired(leaf, k, new), s) for leaf, k, new, s in rows]

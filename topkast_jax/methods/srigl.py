@@ -118,14 +118,14 @@ def srigl(
         salient += leaf.quota(gradient(leaf), n, among=~leaf.forward)
         stays = salient >= math.ceil(gamma_sal * k)
         least = -(-k * columns // leaf.size)
-        best = top_k(salient, least, outputs)
-        stays = jnp.where(whole(stays) < least, best, stays)
+        few = whole(stays) < least
+        stays = (few & top_k(salient, least, outputs)) | (~few & stays)
         inputs = jnp.minimum(k * columns // whole(stays), leaf.size)
         living = leaf.forward & stays
         among_living = jnp.minimum(nnz - n, whole(leaf.count(living)))
         kept = leaf.quota(magnitude(leaf), among_living, among=living)
         kept = jnp.minimum(kept, inputs)
-        return _regrown(leaf, kept, jnp.where(stays, inputs, 0)), memory
+        return _regrown(leaf, kept, inputs * stays.astype(jnp.int32)), memory
 
     return base._replace(
         name="srigl",
