@@ -34,7 +34,8 @@ def apportion(
       [1, 3, 3]
     """
     if jnp.issubdtype(weights.dtype, jnp.floating):
-        most = jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
+        limits: Any = jnp.finfo
+        most = jnp.maximum(jnp.sum(weights), limits(weights.dtype).tiny)
         weights = jnp.round(weights / most * 2.0**30)
     shares = weights.astype(jnp.uint32)
     room = room.astype(jnp.int32)
