@@ -7,7 +7,7 @@ section 4.2, where the model is a large Transformer-XL on enwik8.
 
 Other methods and sparsities, from the same file:
 
-    --config=configs/quickstart.py:method=dense|static|set|rigl|gse|top_kast
+    --config=configs/quickstart.py:method=rigl      or dense, or any of tk.METHODS
     --config=configs/quickstart.py:forward=0.95,backward=0.9
     --config=configs/quickstart.py:layout=block,structure=fan_in:1x64
     --config=configs/quickstart.py:smoke            8 steps of a tiny model, for tests
@@ -17,10 +17,31 @@ held-out text with a tenth of the weights of every kernel (dense: 2.3). Masks ov
 arrays save no time: see the panel "cost" of summary.png.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from configs import common
+
+DROP_GROW: dict[str, dict[str, Any]] = {
+    "set": {},
+    "rigl": {},
+    "rigl_itop": {},
+    # beta of the mean gradient; whether entries move between layers.
+    "snfs": dict(momentum=0.9, redistribute=True),
+    # lambda of |theta| + lambda |g|; whether A is larger until the next refresh.
+    "mest": dict(weight=0.01, soft=False),
+    # Share of the fan-in that must be salient, else a neuron goes.
+    "srigl": dict(gamma_sal=0.3),
+    # The first H; by how much its count may be off before H changes.
+    "dsr": dict(threshold=1e-3, tolerance=0.1),
+    # "grabo" and "graest" draw by statistics, "all" takes every entry; candidates for
+    # each weight; or "global".
+    "gse": dict(candidates="uniform", subset=1.0, scope="layer"),
+}
+"""What these methods take beside a drop fraction."""
+OWN_DISTRIBUTION = {"granet": "erk", "gse": "erdos_renyi"}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -42,6 +63,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         else args["backward"]
     )
     structured = args["structure"] != "unstructured"
+    structure = args["structure"]
+    if method == "srigl" and not structured:
+        structure = "fan_in"  # what it is about
     masked = args["layout"] == "masked"
     if method == "dense" and (structured or not masked or args["forward"] is not None):
         raise ValueError(
@@ -60,6 +84,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if structured:
         config.name += "-" + args["structure"].replace(":", "-")
     config.seed = 0
+    # Parameters that were trained before: a .safetensors file, or an Orbax checkpoint.
+    config.init_from = placeholder(str)
+    config.init_map = ()  # (regex of a parameter, name there): experiments/pretrained.py
     config.steps = 8 if smoke else 1500
 
     config.task = "language_model"
@@ -90,6 +117,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         refresh_start=placeholder(int),  # the first; None: after `refresh` steps
         refresh_stop=placeholder(int),  # none from this step on; None: to the last step
     )
+    ramp = dict(
+        start=placeholder(int),  # of the fall in density; None: a tenth of the run
+        stop=placeholder(int),  # None: three quarters of the run
+        ramp="cubic",  # or "linear"
+    )
     config.sparse = dict(method=method)
     if not dense:
         config.sparse.update(
@@ -106,13 +138,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             refresh_delay=0,  # steps from the choice of masks to their coming into force
             reservoir="memory",  # of packed layouts, or "files" in the workdir
             # Or "blocks:8x128", "fan_in", "fan_in:1x64", "n_of_m:32".
-            structure=args["structure"],
+            structure=structure,
             # Selections apart, by which packed parameters are cut over a mesh.
             groups=1,
             groups_along="outputs",  # or "inputs", or ((glob, axis), ...)
-            # Or "erk", {glob: sparsity}.
-            distribution="erdos_renyi" if method == "gse" else "uniform",
+            # Or "uniform", "erk", "erdos_renyi", {glob: sparsity}, "of_masks" (of init).
+            distribution=OWN_DISTRIBUTION.get(method, "uniform"),
+            begin=placeholder(int),  # dense before this step; None: the method at once
         )
+    if method in ("static", "deep_r", *DROP_GROW):
+        config.sparse.init = "random"  # the first A; or "magnitude", or masks.npz
     if method == "top_kast":
         config.sparse.update(
             forward_sparsity=forward,
@@ -124,22 +159,68 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             explore="top",  # B\A: the next largest, or "random"
             **refreshes,
         )
-    elif method in ("set", "rigl"):
+    elif method in DROP_GROW:
         config.sparse.update(
             sparsity=forward,
             drop_fraction=0.3,  # share of A replaced at a refresh
             drop_decay="cosine",  # to 0 at the last step, or "constant"
             **refreshes,
+            **DROP_GROW[method],
         )
-    elif method == "gse":
+        if method == "srigl" and not masked:
+            config.sparse.gamma_sal = 0.0  # packed arrays cannot lose neurons
+    elif method == "deep_r":
         config.sparse.update(
             sparsity=forward,
-            candidates="uniform",  # or "grabo", "graest", by statistics; "all": RigL
-            subset=1.0,  # candidates for each weight, at a refresh
+            l1=1e-5,  # weight of the penalty
+            temperature=1e-9,  # of the noise: sqrt(2 eta T) at each step
+            scope="network",  # within which entries move, or "leaf"
+            strict=False,  # whether a weight of exactly zero dies
+            **refreshes | dict(refresh=1),
+        )
+    elif method in ("magnitude", "saliency", "random_pruning"):
+        config.sparse.update(
+            sparsity=forward,
+            initial_sparsity=0.0,
             scope="layer",  # or "global"
-            drop_fraction=0.2,  # share of A replaced at a refresh, at most
-            drop_decay="cosine",  # to 0 at the last step, or "constant"
+            **ramp,
             **refreshes,
+        )
+    elif method == "granet":
+        config.sparse.update(
+            sparsity=forward,
+            initial_sparsity=0.5,
+            drop_fraction=0.5,  # share of A replaced at a refresh
+            drop_decay="cosine",
+            scope="global",  # or "layer"
+            **ramp,
+            **refreshes,
+        )
+    elif method == "one_shot":
+        config.sparse.update(
+            sparsity=forward,
+            at=placeholder(int),  # None: half of the run
+            score="magnitude",  # or "saliency", "random"
+            scope="layer",
+        )
+    elif method == "snip":
+        config.sparse.update(
+            sparsity=forward,
+            batches=1,  # that are looked at before the choice
+            average="gradient",  # over batches, or "score"
+            scope="global",
+        )
+    elif method == "straight_through":
+        # Masks change at every step, as in the papers.
+        config.sparse.update(sparsity=forward, soft=False, refresh=1)
+    elif method == "acdc":
+        config.sparse.update(
+            sparsity=forward,
+            warmup=placeholder(int),  # dense steps first; None: a tenth of the run
+            compressed=placeholder(int),  # of a phase; None: a twentieth
+            dense=placeholder(int),  # of a phase; None: a twentieth
+            last=placeholder(int),  # compressed from here on; None: after four fifths
+            scope="global",
         )
     elif not dense:
         config.sparse.update(sparsity=forward)

@@ -1,5 +1,6 @@
 """What a config stands for, before there is any array: task, transformation, shapes."""
 
+import inspect
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 import topkast_jax as tk
 from experiments import mesh as meshes
-from experiments import optimizer, packing, routes, tasks
+from experiments import optimizer, packing, pretrained, routes, tasks
 from experiments import state as states
 from experiments.checkpoint import Restored
 from experiments.config import Watched
@@ -35,6 +36,7 @@ class Assembly(NamedTuple):
       delay: updates from the choice of masks to their coming into force.
       init_key: of parameters and masks.
       step_key: of what steps draw.
+      given: parameters that were trained before; None: random ones.
     """
 
     mesh: Mesh
@@ -51,6 +53,7 @@ class Assembly(NamedTuple):
     delay: int
     init_key: jax.Array
     step_key: jax.Array
+    given: Any = None
 
     def plan(self) -> str:
         """What is sparse, as a table; in a packed layout, how layers multiply by it."""
@@ -86,11 +89,18 @@ class Assembly(NamedTuple):
         if self.packed:
             folder = workdir / packing.THETA if self.in_files else None
             state, store = packing.begin(
-                self.task, self.tx, self.init_key, shardings, folder
+                self.task,
+                self.tx,
+                self.init_key,
+                shardings,
+                self.rules,
+                folder,
+                self.given,
             )
             return state, packing.keep(store, workdir)
         init = states.initial(self.task, self.tx)
-        return jax.jit(init, out_shardings=shardings)(self.init_key), None
+        key = meshes.place_key(self.init_key, self.mesh)
+        return jax.jit(init, out_shardings=shardings)(key, self.given), None
 
     def saved(self, meta: Mapping[str, Any]) -> State:
         """ShapeDtypeStructs of the state in a checkpoint, in the layout that it has."""
@@ -123,6 +133,21 @@ class Assembly(NamedTuple):
             shardings=shardings if self.packed and self.mesh.size > 1 else None,
         )
         return states.compile_step(run, shardings, state, *arguments)
+
+
+def _starts_at_random(sparse: Mapping[str, Any]) -> bool:
+    """Whether the first A of a method is drawn, unless the config says otherwise."""
+    if sparse["method"] == "rules":
+        return any(
+            _starts_at_random(given)
+            for _, given in sparse["rules"]
+            if isinstance(given, Mapping)
+        )
+    factory = tk.METHODS.get(sparse["method"])
+    if factory is None or "init" in sparse:
+        return bool(sparse.get("init") == "random")
+    default = inspect.signature(factory).parameters.get("init")
+    return default is not None and default.default == "random"
 
 
 def layout_of(meta: Mapping[str, Any]) -> str:
@@ -167,6 +192,16 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         raise ValueError(f"sparse.reservoir={where!r} must be 'memory' or 'files'")
     delay = cfg.sparse.get("refresh_delay", 0) if method else 0
     keys = jax.random.split(jax.random.key(cfg.seed))
+    given, names = None, cfg.get("init_map", ())
+    if cfg.get("init_from"):
+        if _starts_at_random(cfg.sparse):
+            raise ValueError(
+                f"init_from={cfg.init_from!r} with sparse.init='random' would drop "
+                "most of what was trained, at random; say sparse.init=magnitude, or "
+                "name a file of masks"
+            )
+        shapes = jax.eval_shape(task.init, keys[0])[0]
+        given = pretrained.load(cfg.init_from, names, shapes)
     return Assembly(
         mesh,
         cfg.sharding,
@@ -182,4 +217,5 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         delay,
         keys[0],
         keys[1],
+        given,
     )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import topkast_jax as tk
-from experiments import packing, seal
+from experiments import distributed, packing, seal
 from experiments.state import State, is_sparse
 
 PyTree = Any
@@ -40,13 +40,24 @@ class Restored(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What evaluation needs: theta, and a tree like it of forward masks, None where
-    dense.
+    """What evaluation needs.
+
+    Attributes:
+      params: theta.
+      masks: A, also in the place of B; None where a parameter is dense.
+      meta: of the checkpoint.
     """
 
     params: PyTree
-    forward: PyTree
+    masks: tk.Masks
     meta: dict[str, Any]
+
+    @property
+    def alpha(self) -> PyTree:
+        """The weights that the network uses."""
+        if not jax.tree.leaves(self.masks.forward):
+            return self.params
+        return tk.sparsify(self.params, self.masks, expanded=True)
 
 
 class Checkpoints:
@@ -152,7 +163,9 @@ class Checkpoints:
         """Returns when the last save is complete on disk, and sealed."""
         if self._manager is not None and self._unsealed is not None:
             self._manager.wait_until_finished()
-            seal.close(self._unsealed)
+            if distributed.is_first():
+                seal.close(self._unsealed)
+            distributed.wait("sealed")
             self._unsealed = None
 
     def close(self) -> None:
@@ -165,7 +178,7 @@ class Checkpoints:
     def restore(
         self,
         prepare: Callable[[dict[str, Any]], State],
-        reservoir: Callable[[Any], tk.Store] | None = None,
+        reservoir: Callable[[Any, State], tk.Store] | None = None,
     ) -> Restored | None:
         """The newest checkpoint that can be read; None where there is none at all.
 
@@ -174,7 +187,8 @@ class Checkpoints:
         Args:
           prepare: `meta -> ShapeDtypeStructs` with the shardings to restore to; it may
             raise where the checkpoint is not wanted.
-          reservoir: what the checkpoint has noted of it -> the store of a packed layout.
+          reservoir: what the checkpoint has noted of it, and its state -> the store of a
+            packed layout.
         Raises:
           ValueError: there are checkpoints, but none can be read, or the newest intact
             one holds other arrays than those asked for.
@@ -188,7 +202,7 @@ class Checkpoints:
             state = State(**{name: found[name][0] for name in State._fields})
             store = None
             if "packed" in meta and reservoir is not None:
-                store = reservoir(meta["reservoir"])
+                store = reservoir(meta["reservoir"], state)
             return Restored(state, found["data"]["iterator"], meta, store)
 
         self.wait()
@@ -209,21 +223,33 @@ class Checkpoints:
             params = prepare(meta)
             if "packed" in meta:
                 return _packed_targets(params, meta["packed"])
+            saved = meta["arrays"]["masks"]
             masks = {
                 name: jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=x.sharding)
                 for name, x in _named(params)
-                if f"forward/{name}" in meta["arrays"]["masks"]
+                if f"forward/{name}" in saved
             }
-            return {"params": params, "masks": {"forward": masks, "backward": masks}}
+            shrink = {
+                name: _struct(saved[f"shrink/{name}"], _everywhere(x.sharding))
+                for name, x in _named(params)
+                if f"shrink/{name}" in saved
+            }
+            trees = {"forward": masks, "backward": masks, "shrink": shrink}
+            return {"params": params, "masks": trees}
 
         def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Weights:
             found = _read(path, **arrays)
             (params,), (masks,) = found["params"], found["masks"]
             if "packed" in meta:
                 masks = {"forward": _indices(masks["forward"], meta["packed"])}
-            leaves = [masks["forward"].get(name) for name, _ in _named(params)]
-            forward = jax.tree.unflatten(jax.tree.structure(params), leaves)
-            return Weights(params, forward, meta)
+
+            def tree(found: Mapping[str, Any]) -> PyTree:
+                leaves = [found.get(name) for name, _ in _named(params)]
+                return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+            forward, nothing = tree(masks["forward"]), tree({})
+            shrink = tree(masks.get("shrink", {}))
+            return Weights(params, tk.Masks(forward, forward, nothing, shrink), meta)
 
         return self._newest(targets, read, set_aside=False)
 
@@ -285,7 +311,10 @@ class Checkpoints:
         taken = {path.name for path in folder.iterdir()}
         names = (str(step), *(f"{step}.{n}" for n in range(1, len(taken) + 1)))
         target = folder / next(name for name in names if name not in taken)
-        os.replace(self.folder / str(step), target)
+        distributed.wait("damaged")
+        if distributed.is_first():
+            os.replace(self.folder / str(step), target)
+        distributed.wait("set aside")
         if self._manager is not None:
             self._manager.reload()
         return target
@@ -319,6 +348,17 @@ def _kinds(tree: PyTree) -> dict[str, str]:
     }
 
 
+def _struct(kind: str, sharding: Any) -> Any:
+    """Inverse of `_kinds`, for one array."""
+    dtype, _, sizes = kind.removesuffix("]").partition("[")
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+
+def _everywhere(sharding: Any) -> Any:
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
 def _require_same_arrays(
     path: pathlib.Path, meta: Mapping[str, Any], wanted: Mapping[str, PyTree]
 ) -> None:
@@ -340,11 +380,12 @@ def _require_same_arrays(
 def _named_masks(opt_state: PyTree) -> dict[str, dict[str, Any]]:
     """Masks by the path of their parameter: they load without knowing the optimizer."""
     if not is_sparse(opt_state):
-        return {"forward": {}, "backward": {}}
+        return {"forward": {}, "backward": {}, "shrink": {}}
     masks = tk.masks(opt_state)
     return {
         "forward": dict(_named(masks.forward)),
         "backward": dict(_named(masks.backward)),
+        "shrink": dict(_named(masks.shrink)),
     }
 
 
@@ -366,7 +407,8 @@ def _packed_targets(params: PyTree, description: Mapping[str, Any]) -> dict[str,
         for path, index in indices.items()
     }
     params = jax.tree_util.tree_map_with_path(packed, params)
-    return {"params": params, "masks": {"forward": forward, "backward": {}}}
+    trees = {"forward": forward, "backward": {}, "shrink": {}}
+    return {"params": params, "masks": trees}
 
 
 def _indices(arrays: Mapping[str, Any], description: Mapping[str, Any]) -> Any:

@@ -43,12 +43,13 @@ def with_dense(
       backend says, `memory_ratio` of all that a step holds on one device.
     """
 
-    def init(key: Any) -> states.State:
+    def init(key: Any) -> Any:
         params, _ = task.init(key)
-        return states.State(params, dense.init(params), state.carry)
+        return params, dense.init(params)
 
-    start = jax.random.key(0)
-    abstract = jax.eval_shape(init, start)
+    start = meshes.place_key(jax.random.key(0), mesh)
+    carry = jax.eval_shape(lambda carry: carry, state.carry)
+    abstract = states.State(*jax.eval_shape(init, start), carry)
     shardings = states.shardings(mesh, rules, abstract)
     dense_step = states.compile_step(
         states.step(task, dense, sparse=False),
@@ -56,7 +57,8 @@ def with_dense(
         states.placed(abstract, shardings),
         *arguments,
     )
-    dense_state = jax.jit(init, out_shardings=shardings)(start)
+    made = jax.jit(init, out_shardings=shardings[:2])(start)
+    dense_state = states.State(*made, state.carry)
     seconds = _in_turns(
         {
             "dense": (dense_step, jax.tree.map(jnp.copy, dense_state)),

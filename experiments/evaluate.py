@@ -8,14 +8,13 @@ per metric. Exit code 2 with one line on stderr where there is nothing to evalua
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-import topkast_jax as tk
 from experiments import checkpoint, command, log, tasks
 from experiments import mesh as meshes
 from experiments.config import Watched
@@ -46,11 +45,11 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
         totals: dict[str, np.ndarray] = {}
         carry = None
         for batch in itertools.islice(task.batches(split, seed=0, loop=False), batches):
-            placed = jax.device_put(batch, meshes.batch_shardings(mesh, batch, "batch"))
+            placed = meshes.place(batch, meshes.batch_shardings(mesh, batch, "batch"))
             if carry is None:
                 carry = task.carry(jax.tree.leaves(batch)[0].shape[0])
                 shardings = meshes.batch_shardings(mesh, carry, "carry")
-                carry = jax.device_put(carry, shardings)
+                carry = meshes.place(carry, shardings)
             sums, carry = metrics(alpha, carry, placed)
             for name, pair in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
@@ -59,6 +58,38 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
         return {name: float(total / count) for name, (total, count) in totals.items()}
 
     return evaluate
+
+
+class Run(NamedTuple):
+    """The newest checkpoint of a workdir, without its optimizer."""
+
+    task: tasks.Task
+    mesh: Mesh
+    config: Watched
+    weights: checkpoint.Weights
+
+
+def read(workdir: str) -> Run:
+    """Reads what a run left; nothing in its folder changes.
+
+    Raises:
+      ValueError: no checkpoint, or none that can be read.
+    """
+    made: dict[str, Any] = {}
+
+    def prepare(meta: Mapping[str, Any]) -> PyTree:
+        config = Watched(meta["config"])
+        task = tasks.make(config)
+        mesh = meshes.make(config.mesh)
+        params, _ = jax.eval_shape(task.init, jax.random.key(0))
+        shardings = meshes.parameter_shardings(mesh, config.sharding, params)
+        made.update(task=task, mesh=mesh, config=config)
+        return placed(params, shardings)
+
+    found = checkpoint.Checkpoints(workdir, warn=log.warn).weights(prepare)
+    if found is None:
+        raise ValueError(f"{workdir} holds no checkpoint; train there first")
+    return Run(**made, weights=found)
 
 
 def from_workdir(workdir: str, split: str) -> tuple[int, dict[str, float]]:
@@ -70,27 +101,9 @@ def from_workdir(workdir: str, split: str) -> tuple[int, dict[str, float]]:
     Raises:
       ValueError: no checkpoint, none that can be read, or no such split.
     """
-    made: dict[str, Any] = {}
-
-    def prepare(meta: Mapping[str, Any]) -> PyTree:
-        config = Watched(meta["config"])
-        task = tasks.make(config)
-        mesh = meshes.make(config.mesh)
-        params, _ = jax.eval_shape(task.init, jax.random.key(0))
-        shardings = meshes.parameter_shardings(mesh, config.sharding, params)
-        made.update(task=task, mesh=mesh, batches=config.eval_batches)
-        return placed(params, shardings)
-
-    found = checkpoint.Checkpoints(workdir, warn=log.warn).weights(prepare)
-    if found is None:
-        raise ValueError(f"{workdir} holds no checkpoint; train there first")
-    alpha = found.params
-    if jax.tree.leaves(found.forward):
-        nothing = jax.tree.map(lambda _: None, found.params)
-        masks = tk.Masks(found.forward, found.forward, nothing)
-        alpha = tk.sparsify(found.params, masks)
-    evaluate = evaluator(made["task"], made["mesh"], made["batches"])
-    return found.meta["step"], evaluate(alpha, split)
+    run = read(workdir)
+    evaluate = evaluator(run.task, run.mesh, run.config.eval_batches)
+    return run.weights.meta["step"], evaluate(run.weights.alpha, split)
 
 
 def main(argv: list[str]) -> int:

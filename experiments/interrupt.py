@@ -1,10 +1,17 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to save and leave, the second kills."""
+"""Ctrl-C and SIGTERM: the first asks the loop to save and leave, the second kills.
+
+Several processes must leave after the same step, so each waits for `agree`.
+"""
 
 import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+import jax
+
+from experiments import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,7 +24,12 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._asked = 0
         self._before: dict[int, Any] = {}
+
+    def agree(self) -> None:
+        """Makes a signal that any process got known to all; at the same step of each."""
+        self.signal = distributed.largest(self._asked) or None
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
@@ -39,7 +51,9 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal = number
+        self._asked = number
+        if jax.process_count() == 1:
+            self.signal = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         said = (

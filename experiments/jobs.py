@@ -41,6 +41,7 @@ class Job(NamedTuple):
       labels: `{"what": "which"}`, for the table.
       folder: of the run.
       steps: its length.
+      kept: what it ended with, where a file of results says so.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Job(NamedTuple):
     labels: dict[str, str]
     folder: pathlib.Path
     steps: int
+    kept: dict[str, Any] | None = None
 
     def arguments(self) -> list[str]:
         """Those of experiments.train."""
@@ -69,6 +71,8 @@ class Job(NamedTuple):
 
     def result(self) -> dict[str, Any] | None:
         """The evaluation after the last step; None if the run is not finished."""
+        if self.kept is not None:
+            return self.kept
         rows = [row for row in log.read(self.folder) if row["kind"] == "eval"]
         saved = self.folder / "checkpoints" / str(self.steps)  # after the evaluation
         if not rows or rows[-1]["step"] != self.steps or not saved.is_dir():

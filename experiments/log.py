@@ -47,17 +47,16 @@ class Log:
     of numbers by path. NaN and Inf are written as null.
 
     Args:
-      workdir: an existing folder.
+      workdir: an existing folder; None writes nothing.
       step: where the run goes on: rows after it are taken out, so that no step is there
         twice. None for a run that begins: all rows are.
       steps: length of the run, for the bar.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], *, step: int | None, steps: int
+        self, workdir: str | os.PathLike[str] | None, *, step: int | None, steps: int
     ) -> None:
-        self._path = pathlib.Path(workdir) / ROWS
-        self._events = str(pathlib.Path(workdir) / "tensorboard")
+        self._folder = None if workdir is None else pathlib.Path(workdir)
         self._steps = steps
         self._console = rich.console.Console(file=sys.stdout)
         self._live = self._console.is_terminal
@@ -86,13 +85,19 @@ class Log:
         self._writer.close()
 
     def _open(self, step: int | None) -> None:
-        last = -1 if step is None else step
-        rows = [row for row in read(self._path.parent) if row["step"] <= last]
-        temporary = self._path.with_suffix(".tmp")
+        if self._folder is None:
+            nowhere = pathlib.Path(os.devnull)
+            self._file = nowhere.open("a")
+            self._writer = tensorboardX.SummaryWriter(write_to_disk=False)
+            return
+        last, path = -1 if step is None else step, self._folder / ROWS
+        rows = [row for row in read(self._folder) if row["step"] <= last]
+        temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a")
-        self._writer = tensorboardX.SummaryWriter(self._events, purge_step=last + 1)
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        events = str(self._folder / "tensorboard")
+        self._writer = tensorboardX.SummaryWriter(events, purge_step=last + 1)
 
     def rewind(self, step: int) -> None:
         """Takes out the rows after a step: the run goes back to it."""

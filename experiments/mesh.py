@@ -43,21 +43,30 @@ def parse(text: str) -> dict[str, int]:
 
 
 def make(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over the first local devices; the axes are Auto, so XLA places the rest.
+    """Mesh over the first devices; the axes are Auto, so XLA places the rest.
+
+    Several processes use all of theirs: a process without devices could not take part.
 
     Args:
       text: see `parse`.
-      devices: what to choose from; by default `jax.local_devices()`.
+      devices: what to choose from; by default `jax.devices()`.
     Raises:
-      ValueError: more devices asked for than there are, and what `parse` raises.
+      ValueError: more devices asked for than there are, or fewer than several processes
+        have, and what `parse` raises.
     """
     sizes = parse(text)
-    devices = jax.local_devices() if devices is None else devices
+    together = devices is None and jax.process_count() > 1
+    devices = jax.devices() if devices is None else devices
     asked = int(np.prod(list(sizes.values())))
     if asked > len(devices):
         raise ValueError(
-            f"mesh={text!r} needs {asked} devices, but this process has {len(devices)}"
+            f"mesh={text!r} needs {asked} devices, but there are {len(devices)}"
             f" ({devices[0].platform}); choose sizes whose product is at most that"
+        )
+    if together and asked < len(devices):
+        raise ValueError(
+            f"mesh={text!r} takes {asked} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; it must take all of them"
         )
     grid = np.asarray(devices[:asked]).reshape(tuple(sizes.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -67,12 +76,29 @@ def describe(mesh: Mesh) -> str:
     """`"data:4,fsdp:2 on 8 of 8 cpu devices"`."""
     sizes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
-    return f"{sizes} on {mesh.size} of {jax.local_device_count()} {kind} devices"
+    return f"{sizes} on {mesh.size} of {jax.device_count()} {kind} devices"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays that every process has whole, on the devices of all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def place_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """A typed PRNG key on every device."""
+    return jax.random.wrap_key_data(place(jax.random.key_data(key), replicated(mesh)))
 
 
 def batch_shardings(mesh: Mesh, tree: PyTree, what: str) -> PyTree:

@@ -7,13 +7,9 @@ from typing import Any
 import optax
 
 import topkast_jax as tk
+from experiments import methods
 
 Schedule = Callable[[Any], Any]
-DISTRIBUTIONS = {
-    "uniform": tk.uniform,
-    "erdos_renyi": tk.erdos_renyi,
-    "erk": tk.erk,
-}
 
 
 def learning_rate(config: Mapping[str, Any], steps: int) -> Schedule:
@@ -50,7 +46,9 @@ def inner(config: Mapping[str, Any], rate: Schedule) -> optax.GradientTransforma
     del arguments["name"]
     if clip < 0:
         raise ValueError(f"optimizer.clip={clip} must be a norm, or 0 for no clip")
-    optimizer = _call("optimizer", name, _named(name), arguments, learning_rate=rate)
+    optimizer = methods.call(
+        "optimizer", name, _named(name), arguments, learning_rate=rate
+    )
     # Inside the wrapper: outside of it the norm would jump where a method probes.
     return (
         optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
@@ -64,14 +62,12 @@ def sparse(
     *,
     steps: int,
     seed: int,
-) -> tuple[optax.GradientTransformation, tk.Method | None]:
+) -> tuple[optax.GradientTransformation, tk.Method | tk.Mixture | None]:
     """The optimizer under the sparse method that `config` names.
 
     Args:
-      config: `method`, a name in `tk.METHODS` or "dense"; where wanted, `reset`,
-        `axes`, `where`, `distribution`, `structure`, `groups`, `groups_along`,
-        `layout`, `refresh_delay`, `drop_decay`, and `refresh` with
-        `refresh_start` and `refresh_stop`; the rest are arguments of the method.
+      config: where wanted, `layout`, `reset`, `axes`, `refresh_delay`; the rest as
+        `methods.build` takes it.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
       steps: length of the run: a refresh must fall within it.
@@ -82,42 +78,15 @@ def sparse(
       ValueError: an unknown method or argument, or a value that the library refuses.
     """
     arguments = dict(config)
-    name = config["method"]
-    del arguments["method"]
-    if name == "dense":
-        _require_taken("sparse", name, arguments, {})
+    if arguments["method"] == "dense":
+        del arguments["method"]
+        methods.require_taken("sparse", "dense", arguments, {})
         return optimizer, None
-    if name not in tk.METHODS:
-        raise ValueError(
-            f"sparse.method={name!r} is unknown; there are dense, "
-            f"{', '.join(sorted(tk.METHODS))}"
-        )
-    factory = tk.METHODS[name]
     layout = arguments.pop("layout", "masked")
     arguments.pop("reservoir", None)  # of the loop, see experiments/assembly.py
     delay = arguments.pop("refresh_delay", 0)
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
-    where = arguments.pop("where", "")
-    arguments["distribution"] = _distribution(arguments.get("distribution", "uniform"))
-    structure = _structure(arguments.get("structure", "unstructured"))
-    along = arguments.pop("groups_along", "outputs")
-    arguments["structure"] = tk.groups_of(
-        arguments.pop("groups", 1),
-        structure,
-        along if isinstance(along, str) else dict(along),
-    )
-    arguments["where"] = where.split(",") if where else tk.kernels
-    if "refresh" in arguments:
-        arguments["refresh"] = _due(arguments, steps)
-    if "drop_fraction" in arguments:
-        decay = arguments.pop("drop_decay", "constant")
-        arguments["drop_fraction"] = _drop(arguments["drop_fraction"], decay, steps)
-    stop = arguments.get("stop")
-    if stop is not None and stop >= steps:
-        raise ValueError(
-            f"sparse.stop={stop} never comes within steps={steps}; None never stops"
-        )
-    method = _call("sparse", name, factory, arguments)
+    method = methods.build(arguments, steps)
     tx = tk.sparse(
         optimizer,
         method,
@@ -131,59 +100,6 @@ def sparse(
     return tx, method
 
 
-def _due(arguments: dict[str, Any], steps: int) -> Any:
-    every = arguments["refresh"]
-    start, stop = (
-        arguments.pop("refresh_start", None),
-        arguments.pop("refresh_stop", None),
-    )
-    if tk.first_due(tk.every(every, start, stop), steps) is None:
-        raise ValueError(
-            f"sparse.refresh={every} (start={start}, stop={stop}) never falls within "
-            f"steps={steps}, so the masks would never change; refresh earlier, train "
-            "longer, or say method=static"
-        )
-    # Masks chosen after the last step would be exported without ever being trained.
-    return tk.every(every, start, steps if stop is None else min(stop, steps))
-
-
-def _drop(fraction: float, decay: str, steps: int) -> float | Schedule:
-    if decay not in ("constant", "cosine"):
-        raise ValueError(f"sparse.drop_decay={decay!r} must be constant or cosine")
-    if decay == "constant":
-        return fraction
-    return optax.cosine_decay_schedule(fraction, steps)
-
-
-def _distribution(config: Any) -> Any:
-    if isinstance(config, str):
-        if config not in DISTRIBUTIONS:
-            raise ValueError(
-                f"sparse.distribution={config!r} is unknown; there are "
-                f"{', '.join(DISTRIBUTIONS)}, or a mapping {{pattern: sparsity}}"
-            )
-        return DISTRIBUTIONS[config]
-    return tk.by_path(dict(config))
-
-
-def _structure(text: str) -> tk.Structure:
-    """Reads "unstructured", "blocks:8x128", "fan_in", "fan_in:1x64" or "n_of_m:32"."""
-    name, _, size = text.partition(":")
-    sides = [int(side) for side in size.split("x") if side.isdecimal()]
-    if text == "unstructured":
-        return tk.unstructured
-    if name == "blocks" and len(sides) == 2:
-        return tk.blocks(*sides)
-    if name == "fan_in" and (not size or len(sides) == 2):
-        return tk.fan_in(*sides)
-    if name == "n_of_m" and len(sides) == 1:
-        return tk.n_of_m(*sides)
-    raise ValueError(
-        f"sparse.structure={text!r} is unknown; there are unstructured, blocks:8x128, "
-        "fan_in, fan_in:1x64 and n_of_m:32, with sizes of one's own"
-    )
-
-
 def _named(name: str) -> Callable[..., Any]:
     for home in (optax, optax.contrib):
         found: Any = getattr(home, name, None)
@@ -193,33 +109,3 @@ def _named(name: str) -> Callable[..., Any]:
         f"optimizer.name={name!r} is no optimizer of optax or optax.contrib with a "
         "learning rate, such as adamw, sgd, lion, adafactor, rmsprop or muon"
     )
-
-
-def _call(
-    section: str,
-    name: str,
-    factory: Callable[..., Any],
-    given: Mapping[str, Any],
-    **more: Any,
-) -> Any:
-    """`factory(**given, **more)`, where `given` comes from that section of a config."""
-    parameters = dict(inspect.signature(factory).parameters)
-    for key in more:
-        del parameters[key]
-    _require_taken(section, name, given, parameters)
-    for key, parameter in parameters.items():
-        needed = parameter.default is inspect.Parameter.empty
-        if needed and key not in given:
-            raise ValueError(f"{section}.{key} is missing; {name} needs it")
-    return factory(**given, **more)
-
-
-def _require_taken(
-    section: str, name: str, given: Mapping[str, Any], parameters: Mapping[str, Any]
-) -> None:
-    for key in given:
-        if key not in parameters:
-            raise ValueError(
-                f"{section}.{key} is no argument of {name}; it takes "
-                f"{', '.join(parameters) or 'none'}"
-            )

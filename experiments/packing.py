@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,9 @@ import numpy as np
 import optax
 
 import topkast_jax as tk
+from experiments import distributed
+from experiments import mesh as meshes
+from experiments import state as states
 from experiments.state import State
 from experiments.tasks import Task
 
@@ -45,7 +48,9 @@ def begin(
     tx: optax.GradientTransformation,
     key: jax.Array,
     shardings: State,
+    rules: Iterable[meshes.Rule],
     folder: pathlib.Path | None = None,
+    given: PyTree = None,
 ) -> tuple[State, tk.Store]:
     """The state of step 0, and the reservoir.
 
@@ -54,7 +59,9 @@ def begin(
       tx: the transformation.
       key: of the parameters.
       shardings: of the state.
+      rules: of dense parameters; several processes make each parameter in its shards.
       folder: of files in which the reservoir lives; None: in memory.
+      given: parameters in place of random ones.
     """
 
     def params() -> PyTree:
@@ -63,9 +70,16 @@ def begin(
     size = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(params))
     )
-    made = params if size > ONE_BY_ONE else jax.jit(params)()
-    theta, opt_state, store = tk.start(tx, made, reservoir=folder)
-    carry = jax.jit(lambda: task.init(key)[1])()
+    alone = jax.process_count() == 1
+    made = jax.jit(params)() if alone and size <= ONE_BY_ONE else params
+    made = made if given is None else given
+    dense = None
+    if not alone:
+        abstract_state = abstract(task, tx, key)
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        dense = states.dense_shardings(mesh, rules, abstract_state)
+    theta, opt_state, store = tk.start(tx, made, reservoir=folder, shardings=dense)
+    carry = jax.jit(lambda: task.init(key)[1], out_shardings=shardings.carry)()
     return jax.device_put(State(theta, opt_state, carry), shardings), store
 
 
@@ -76,7 +90,8 @@ def keep(store: tk.Store, workdir: pathlib.Path) -> tk.Store:
     parent = workdir / RESERVOIR
     taken = [int(f.name) for f in parent.glob("*") if f.name.isdecimal()]
     # A folder of its own: checkpoints of another layout still need theirs.
-    journal = tk.Journal(parent / f"{max(taken, default=0) + 1:04}")
+    number = distributed.of_first(max(taken, default=0) + 1)
+    journal = tk.Journal(parent / f"{number:04}")
     journal.begin(store)
     return dataclasses.replace(store, journal=journal)
 
@@ -89,14 +104,18 @@ def noted(store: tk.Store) -> dict[str, Any] | None:
 
 
 def recall(
-    workdir: pathlib.Path, in_files: bool, noted: Mapping[str, Any] | None
+    workdir: pathlib.Path, in_files: bool, noted: Mapping[str, Any] | None, state: State
 ) -> tk.Store:
     """The reservoir of a checkpoint; what was written down after it is forgotten.
+
+    Where other processes go on than wrote it, they put together what each of them needs,
+    and begin to write anew.
 
     Args:
       workdir: of the run.
       in_files: whether theta is to live in files.
       noted: what the checkpoint knows; None: the method keeps no reservoir.
+      state: of the checkpoint, where it goes on.
     Raises:
       ValueError: files that are missing or damaged, by name.
     """
@@ -106,7 +125,10 @@ def recall(
         tk.Journal(workdir / RESERVOIR / noted["folder"]),
         noted["records"],
     )
-    store = journal.load(records, workdir / THETA if in_files else None)
+    own = tk.own_slices(tk.masks(state.opt_state))
+    store = journal.load(records, workdir / THETA if in_files else None, own)
+    if store.journal is None:
+        return keep(store, workdir)
     journal.rewind(records)
     return store
 
@@ -125,13 +147,15 @@ def tidy(store: tk.Store, kept: Sequence[Mapping[str, Any] | None] | None) -> No
     names = {noted["folder"] for noted in kept or () if noted}
     own = [n["records"] for n in kept or () if n and n["folder"] == journal.folder.name]
     journal.tidy(oldest=min(own, default=0))
+    if not distributed.is_first():
+        return
     for other in journal.folder.parent.iterdir() if own else ():
         if other != journal.folder and other.name not in names:
             shutil.rmtree(other)
 
 
 class Needs(NamedTuple):
-    """Bytes that a packed run holds between steps: on one device, and on the host."""
+    """Bytes that a packed run holds between steps: on one device, and in one process."""
 
     device: int
     host: int
@@ -142,7 +166,7 @@ class Needs(NamedTuple):
 
 
 def needs(state: State, reservoir: bool) -> Needs:
-    """What a state holds on each device, and its reservoir on the host.
+    """What a state holds on each device, and the own reservoir of this process.
 
     Args:
       state: ShapeDtypeStructs with shardings.
@@ -152,10 +176,11 @@ def needs(state: State, reservoir: bool) -> Needs:
     def on_one(x: Any) -> int:
         return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
-    host = 0
+    host, own = 0, tk.own_slices(tk.masks(state.opt_state))
     for path, index in _indices(state.opt_state).items() if reservoir else ():
-        dtype = _by_path(state.params)[path].dtype
-        host += math.prod(index.grid.shape) * dtype.itemsize
+        dtype, count = _by_path(state.params)[path].dtype, index.grid.whole[0]
+        slices = len(own[path][0]) if path in own else count
+        host += math.prod(index.grid.shape) // count * slices * dtype.itemsize
     return Needs(sum(map(on_one, jax.tree.leaves(state))), host)
 
 

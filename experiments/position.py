@@ -118,7 +118,7 @@ def flops(
         more = drawn * each.forward + (each.train if apart else 0)
         spent = len(probed) * each.train + sum(map(bool, probed)) * more
         return spent, len(probed) * each.dense
-    if masks is None or not jax.tree.leaves(masks.probe):
+    if masks is None or apart or not jax.tree.leaves(masks.probe):
         each = tk.metrics.flops(params, masks, uses)
         spent = len(probed) * each.train
         if apart:

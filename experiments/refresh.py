@@ -65,7 +65,8 @@ class Refresh:
           *arguments: batch, key and step, as the step takes them.
         """
         made = step + 1 - self._behind
-        if not (self.method.probe and tk.due(self.tx, made + self.delay)):
+        reads = self.method.probe or self.method.needs_gradient
+        if not (reads and tk.due(self.tx, made + self.delay)):
             return None
         return tk.probe(
             self._loss, state.params, state.opt_state, state.carry, *arguments

@@ -59,13 +59,15 @@ def alpha(
     return tk.sparsify(params, tk.masks(opt_state), expanded=not by_unit)
 
 
-def initial(
-    task: Task, tx: optax.GradientTransformation
-) -> Callable[[jax.Array], State]:
-    """`key -> State` of step 0, to run under jit with the shardings of the state."""
+def initial(task: Task, tx: optax.GradientTransformation) -> Callable[..., State]:
+    """`(key, given=None) -> State` of step 0, to run under jit with its shardings.
 
-    def init(key: jax.Array) -> State:
+    `given` are parameters in place of random ones.
+    """
+
+    def init(key: jax.Array, given: PyTree = None) -> State:
         params, carry = task.init(key)
+        params = params if given is None else given
         return State(params, tx.init(params), carry)
 
     return init
@@ -85,9 +87,8 @@ def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> Stat
       ValueError: rules that do not fit, or a mesh that does not divide the rows.
     """
     everywhere = meshes.replicated(mesh)
-    dense, cut = _dense(abstract)
-    params = meshes.parameter_shardings(mesh, rules, dense, cut)
-    if cut is not None:
+    params = dense_shardings(mesh, rules, abstract)
+    if is_sparse(abstract.opt_state) and is_packed(abstract.opt_state):
         params = tk.packed_shardings(tk.masks(abstract.opt_state), params)
     opt_state = tk.state_shardings(
         abstract.opt_state, abstract.params, params, everywhere
@@ -95,6 +96,14 @@ def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> Stat
     return State(
         params, opt_state, meshes.batch_shardings(mesh, abstract.carry, "carry")
     )
+
+
+def dense_shardings(
+    mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State
+) -> PyTree:
+    """Shardings that the parameters would have in their dense form; see `shardings`."""
+    dense, cut = _dense(abstract)
+    return meshes.parameter_shardings(mesh, rules, dense, cut)
 
 
 def _dense(abstract: State) -> tuple[PyTree, dict[str, int] | None]:

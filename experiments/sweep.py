@@ -12,6 +12,8 @@ names another: seeds of one config are compiled once.
 
     ... --print_commands     prints one command a job, for a cluster's launcher
     ... --table              prints the results so far in Markdown, means over seeds
+    ... --results=FILE       keeps what jobs ended with in a file, and takes from it what
+                             is there: a sweep goes on on another machine
 
 Exit codes: 0 all is done, or in the hands of another process; 1 jobs failed; 2 bad
 input, found before the first job; 130 and 143 stopped by Ctrl-C and SIGTERM, which the
@@ -33,7 +35,7 @@ from typing import IO, Any
 
 from absl import flags
 
-from experiments import command, log
+from experiments import command, log, results
 from experiments.jobs import SETTINGS, Job, load
 from experiments.table import table
 
@@ -101,8 +103,14 @@ def locked(folder: pathlib.Path) -> Iterator[IO[str] | None]:
             yield lock
 
 
-def run(jobs: list[Job], cache: pathlib.Path) -> int:
-    """Runs what is not finished, in order; returns the exit code."""
+def run(jobs: list[Job], cache: pathlib.Path, keep: pathlib.Path | None = None) -> int:
+    """Runs what is not finished, in order; returns the exit code.
+
+    Args:
+      jobs: of the sweep.
+      cache: folder of compiled programs.
+      keep: file of results; None for none.
+    """
     child, failed, elsewhere = Child(), 0, 0
     seconds: list[float] = []
     todo = [job for job in jobs if job.result() is None]
@@ -125,6 +133,8 @@ def run(jobs: list[Job], cache: pathlib.Path) -> int:
                 failed += 1
                 log.warn(f"{job.name}: failed, exit code {code}: {_last_line(job)}")
                 continue
+            if keep is not None:
+                results.write(keep, [job])
             seconds.append(time.perf_counter() - began)
             left = sum(seconds) / len(seconds) * (len(todo) - number)
             print(
@@ -161,6 +171,10 @@ def main(argv: list[str]) -> int:
     workdir = pathlib.Path(flags.FLAGS.workdir or default)
     with command.checking():
         jobs = load(path, workdir)
+        keep = flags.FLAGS.results and pathlib.Path(flags.FLAGS.results)
+        if keep:
+            jobs = results.known(jobs, results.read(keep))
+            results.write(keep, jobs)
         if flags.FLAGS.table:
             print(table(jobs, flags.FLAGS.metric))
             return 0
@@ -168,12 +182,13 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             print(job.command())
         return 0
-    return run(jobs, workdir / ".cache")
+    return run(jobs, workdir / ".cache", keep)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("sweep", None, "File with get_sweep().")
     flags.DEFINE_string("workdir", None, "Where to write; default runs/<file's name>.")
+    flags.DEFINE_string("results", None, "File of results to read and to add to.")
     flags.DEFINE_bool("print_commands", False, "Print the commands, run nothing.")
     flags.DEFINE_bool("table", False, "Print the results so far, run nothing.")
     flags.DEFINE_string("metric", "bits_per_byte", "Of the table.")

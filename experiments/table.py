@@ -1,7 +1,7 @@
 """A sweep's results as a Markdown table: means over seeds."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from experiments.jobs import Job
 
@@ -27,11 +27,18 @@ def table(jobs: Iterable[Job], metric: str) -> str:
         row.setdefault(column, []).append(_value(job, metric))
     columns = sorted({c for row in cells.values() for c in row if c is not None})
     head = [row_label, *(columns or [metric])]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head]
     for name, row in cells.items():
         found = [row.get(column, row.get(None, [])) for column in head[1:]]
         lines.append([name, *map(_cell, found)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table from its rows, the head first: names to the left, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
+    rows = [lines[0], rule, *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in rows)
 
 
 def _value(job: Job, metric: str) -> float | None:

@@ -3,7 +3,9 @@
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 The same command resumes. Ctrl-C and SIGTERM save first; a second one kills. The workdir
-gets metrics.jsonl, tensorboard/, checkpoints/ and summary.png.
+gets metrics.jsonl, tensorboard/, checkpoints/ and summary.png. With --distributed=auto
+(or address:port,processes,number) it runs once in each of several processes, which share
+the workdir; the first one talks.
 
 Exit codes: 0 finished; 2 bad input, found before training and said in one line; 3 the
 training had to stop (NaN, a gradient that reached dead weights); 130 and 143 saved
@@ -23,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import topkast_jax as tk
-from experiments import command, compare, evaluate, log, packing, plot
+from experiments import command, compare, distributed, evaluate, log, packing, plot
 from experiments import mesh as meshes
 from experiments import state as states
 from experiments.assembly import assemble
@@ -124,9 +126,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         (state, store), at = run.begin(workdir), Position()
         data.set_state(data_start)
     if at.step == cfg.steps:
-        plot.summary(workdir, cfg.name)
+        if distributed.is_first():
+            plot.summary(workdir, cfg.name)
         return Outcome(state, at.step, log.last(workdir, "eval") or {}, None)
     workdir.mkdir(parents=True, exist_ok=True)
+    told = workdir if distributed.is_first() else None
     origin = provenance(config)
 
     def save() -> None:
@@ -136,10 +140,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     with (
         Interrupts() as interrupts,
         checkpoints,
-        log.Log(workdir, step=at.step if restored else None, steps=cfg.steps) as out,
+        log.Log(told, step=at.step if restored else None, steps=cfg.steps) as out,
     ):
-        key = jax.device_put(run.step_key, meshes.replicated(mesh))
-        arguments = (jax.device_put(batch, batch_shardings), key, np.int32(0))
+        key = meshes.place_key(run.step_key, mesh)
+        arguments = (meshes.place(batch, batch_shardings), key, np.int32(0))
         began = time.perf_counter()
         compiled_for = _shapes(state)
         step = run.compile(state, *arguments)
@@ -147,7 +151,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         if store is not None:
             refresh = Refresh(task, run.tx, method, run.delay, store, state, at.step)
         out.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
-        if method and cfg.dense_steps and not log.last(workdir, "dense"):
+        compared = distributed.of_first(bool(log.last(workdir, "dense")))
+        if method and cfg.dense_steps and not compared:
             beside = compare.with_dense(
                 task, run.dense_tx, mesh, cfg.sharding, step, state, *arguments,
                 rounds=cfg.dense_steps,
@@ -185,7 +190,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 at.batches += 1
                 if at.batches in passed_over:
                     continue
-                placed = jax.device_put(batch, batch_shardings)
+                placed = meshes.place(batch, batch_shardings)
                 inputs = (placed, key, np.int32(at.step))
                 found = refresh.before(state, at.step, *inputs) if refresh else None
                 state, measures = step(state, *inputs)
@@ -249,9 +254,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
             at.add(measured)
             masks = tk.masks(state.opt_state) if method else None
-            probed = [refreshed(at.step - n) for n in range(len(measured))]
-            apart = bool(run.packed and method and method.probe)
-            draws = bool(method and method.candidates)
+            always = bool(method and method.probe == "always")
+            probed = [always or refreshed(at.step - n) for n in range(len(measured))]
+            reads = bool(method and (method.probe or method.needs_gradient))
+            apart = run.packed and reads
+            draws = isinstance(method, tk.Method) and method.candidates is not None
             drawn = cfg.sparse.get("subset", 1.0) if draws else None
             spent, dense = flops(state.params, masks, task.uses, probed, apart, drawn)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
@@ -271,13 +278,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 metrics = evaluation(weights, "validation")
                 out.write("eval", at.step, metrics)
                 out.say(f"step {at.step}: held-out {words(metrics)}")
+            interrupts.agree()
             owed = owed or save_now
             if owed and not landing():
                 save()
                 owed, restores = False, 0
         save()
-    picture = plot.summary(workdir, cfg.name)
-    print(f"{workdir}: {log.ROWS}, tensorboard/, checkpoints/, {picture.name}")
+    if told:
+        picture = plot.summary(workdir, cfg.name)
+        print(f"{workdir}: {log.ROWS}, tensorboard/, checkpoints/, {picture.name}")
     left = interrupts.signal if at.step < cfg.steps else None
     return Outcome(state, at.step, metrics, left)
 
@@ -297,6 +306,8 @@ def _require_sound(state: states.State, step: int) -> None:
 def main(argv: list[str]) -> int:
     """Trains, and turns what happened into an exit code."""
     del argv
+    with command.checking():
+        distributed.join(flags.FLAGS.distributed)
     config = flags.FLAGS.config
     if config is None:
         raise command.BadInput("--config is missing, as in configs/quickstart.py")
@@ -320,4 +331,5 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "File, or file:arguments.")
     flags.DEFINE_string("workdir", None, "Where to write; default runs/<config.name>.")
+    flags.DEFINE_string("distributed", "", "'auto', or address:port,processes,number.")
     command.run(main)

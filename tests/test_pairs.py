@@ -96,7 +96,8 @@ def test_every_layout_draws_the_same_units(structure, shape, letters):
     mask = np.asarray(masked.pairs(5, *sides))
     rows = grid.whole[0] * grid.selections
     empty = np.zeros((rows, 0))
-    host = HostLeaf(grid, counts, "w", KEY, empty, empty, empty, empty, empty)
+    every = np.arange(rows)
+    host = HostLeaf(grid, counts, "w", KEY, every, empty, empty, empty, empty, empty)
     found = host.pairs(5, *sides)
     np.testing.assert_array_equal(found, set_of(grid, mask))
     index = Index(jnp.zeros((*grid.stack, grid.selections), jnp.int32), grid, 1)

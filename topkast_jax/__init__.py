@@ -15,8 +15,9 @@ from topkast_jax._types import (
     Mixture,
     SparseState,
 )
+from topkast_jax.activations import meprop, swat
 from topkast_jax.convert import convert
-from topkast_jax.distribution import by_path, erdos_renyi, erk, uniform
+from topkast_jax.distribution import by_path, erdos_renyi, erk, of_masks, uniform
 from topkast_jax.drop_in import DropInState, drop_in
 from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.grid import Grid
@@ -25,7 +26,32 @@ from topkast_jax.layouts.journal import Journal
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
-from topkast_jax.methods import METHODS, gse, rigl, set_, static, top_kast
+from topkast_jax.mask_files import from_zeros, load_masks, save_masks
+from topkast_jax.matching import Matched, matched_overlap
+from topkast_jax.methods import (
+    ALIASES,
+    METHODS,
+    acdc,
+    deep_r,
+    delayed,
+    dsr,
+    granet,
+    gse,
+    magnitude,
+    mest,
+    one_shot,
+    random_pruning,
+    rigl,
+    rigl_itop,
+    saliency,
+    set_,
+    snfs,
+    snip,
+    srigl,
+    static,
+    straight_through,
+    top_kast,
+)
 from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
 from topkast_jax.packed import due, fan_in_normal, shapes, start
@@ -36,6 +62,7 @@ from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
 from topkast_jax.sharding import (
     gather_groups,
+    own_slices,
     packed_shardings,
     reduce_gradients,
     sharding_specs,
@@ -63,6 +90,7 @@ def __getattr__(name: str) -> Any:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALIASES",
     "METHODS",
     "Axes",
     "BlockMatrix",
@@ -77,6 +105,7 @@ __all__ = [
     "Leaf",
     "LeafMasks",
     "Masks",
+    "Matched",
     "Method",
     "Mixture",
     "NonFinite",
@@ -87,6 +116,7 @@ __all__ = [
     "Structure",
     "Tapped",
     "Taps",
+    "acdc",
     "at",
     "axes",
     "blocks",
@@ -96,8 +126,11 @@ __all__ = [
     "convert",
     "cosine",
     "cubic",
+    "deep_r",
+    "delayed",
     "dense_masks",
     "drop_in",
+    "dsr",
     "due",
     "erdos_renyi",
     "erk",
@@ -106,35 +139,54 @@ __all__ = [
     "fan_in",
     "fan_in_normal",
     "first_due",
+    "from_zeros",
     "gather_groups",
+    "granet",
     "groups",
     "groups_of",
     "gse",
     "health",
     "kernels",
+    "load_masks",
     "load_store",
+    "magnitude",
     "masks",
+    "matched_overlap",
+    "meprop",
+    "mest",
     "metrics",
     "n_of_m",
     "observe",
+    "of_masks",
+    "one_shot",
     "ops",
+    "own_slices",
     "packed_shardings",
     "plan",
     "probe",
     "probe_candidates",
     "probe_leaf",
     "random_k",
+    "random_pruning",
     "reduce_gradients",
     "refresh",
     "rigl",
+    "rigl_itop",
+    "saliency",
+    "save_masks",
     "set_",
     "shapes",
     "sharding_specs",
+    "snfs",
+    "snip",
     "sparse",
     "sparsify",
+    "srigl",
     "start",
     "state_shardings",
     "static",
+    "straight_through",
+    "swat",
     "tap",
     "taps",
     "top_k",

@@ -1,5 +1,7 @@
 """The words of the library as types: sets, masks, leaves, methods, state."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -46,7 +48,9 @@ class Counts(NamedTuple):
 
     Where a structure has been applied: units per selection. The two are the same
     without a structure. For methods whose sets change in size, A never holds fewer than
-    `forward` and B never more than `backward`.
+    `forward` and B never more than `backward`, a dense beginning (`tk.delayed`) apart.
+    Where entries move between parameters or selections, or parameters compete
+    (`Method.across`), the two are what they start with, or would share.
     """
 
     forward: int
@@ -57,12 +61,15 @@ class LeafMasks(NamedTuple):
     """A and B of one leaf, in the form of its layout.
 
     `shrink` is by how much the magnitudes on A are smaller in alpha than in theta, a
-    number or an array that broadcasts against the leaf; None: they are the same.
+    number or an array that broadcasts against the leaf; None: they are the same. `fresh`
+    are entries of B that begin at zero once more, though they were in B before; None:
+    none. It is for the refresh alone, the state does not keep it.
     """
 
     forward: Entries
     backward: Entries
     shrink: Any = None
+    fresh: Entries | None = None
 
 
 class Masks(NamedTuple):
@@ -143,8 +150,19 @@ class Leaf(Draws, Protocol):
     that the same method runs in every layout.
     """
 
+    @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        ...
+
     def top(self, scores: Any, k: Any, among: Any = None) -> Entries:
         """The `k` units of largest score, among those marked; ties by position."""
+        ...
+
+    def quota(self, scores: Any, k: Any, among: Any = None) -> Any:
+        """How many of a slice's `k` units of largest score lie in each selection; `top`
+        and the rest take it.
+        """
         ...
 
     def grow(
@@ -165,11 +183,15 @@ class Leaf(Draws, Protocol):
         """A set from a bool array of the parameter's shape, of at most so many units."""
         ...
 
+    def marks(self, entries: Entries) -> Any:
+        """A set as a bool array of the parameter's shape, in any layout."""
+        ...
+
     def count(self, entries: Entries) -> Any:
         """Units of a set, for each selection; `top` and the rest take it."""
         ...
 
-    def portion(self, share: Any, k: int, up: bool = False) -> Any:
+    def portion(self, share: Any, k: Any, up: bool = False) -> Any:
         """`share * k` as a number of units of a selection, rounded, or up if asked;
         `top` and the rest take it.
         """
@@ -184,7 +206,11 @@ class Leaf(Draws, Protocol):
         ...
 
     def masks(
-        self, forward: Entries, backward: Entries, shrink: Any = None
+        self,
+        forward: Entries,
+        backward: Entries,
+        shrink: Any = None,
+        fresh: Entries | None = None,
     ) -> LeafMasks:
         """A and B, as the state keeps them."""
         ...
@@ -209,7 +235,8 @@ class Method(NamedTuple):
       structure: which patterns the masks have.
       reservoir: whether entries off B keep their value (else they are zero).
       probe: whether the step before a refresh sees, but does not apply, the gradient
-        of entries outside B; "always": every step does.
+        of entries outside B; "always": every step does; a schedule (step -> bool): the
+        steps that it names do.
       candidates: `(leaf, memory, step) -> entries`, those whose gradient is seen in step
         `step`; None for all of them. Of the verbs, the leaf has only `pairs` in the packed
         layouts (`Draws`).
@@ -221,6 +248,11 @@ class Method(NamedTuple):
         parameters compete with each other.
       fixed: whether A and B of every parameter keep their sizes (but for a last refresh
         that makes B smaller); packed arrays need that.
+      note: what a plan says of sets whose sizes change; "" for nothing.
+      needs_gradient: whether `refresh` reads the gradient of entries in A; packed arrays
+        get it from `tk.probe`.
+      entrywise: whether the memory, other than for reading by the user, holds something
+        of every entry; packed arrays have no place for it.
       statistics: what `tx.update(..., stats=...)` must be given, see `tk.taps`: "norms",
         sums of magnitudes over the batch, or "sketches", sums with random signs.
     """
@@ -233,7 +265,7 @@ class Method(NamedTuple):
     where: Any
     reservoir: bool
     structure: Any
-    probe: bool | Literal["always"] = False
+    probe: bool | Literal["always"] | Due = False
     candidates: Callable[[Any, Memory, Any], Entries] | None = None
     observe: Callable[[Array, Memory], Memory] | None = None
     penalty: Callable[[View], Array] | None = None
@@ -243,6 +275,9 @@ class Method(NamedTuple):
         Callable[[list[Leaf], list[Memory], Any], list[tuple[LeafMasks, Memory]]] | None
     ) = None
     fixed: bool = True
+    note: str = ""
+    needs_gradient: bool = False
+    entrywise: bool = False
     statistics: Literal["norms", "sketches"] | None = None
 
 
@@ -263,6 +298,37 @@ class Mixture(NamedTuple):
     @property
     def methods(self) -> tuple[Method, ...]:
         return tuple(method for _, method in self.rules if method is not None)
+
+    @property
+    def due(self) -> Due | None:
+        """Whether any of them is due."""
+        each = [method.due for method in self.methods if method.due is not None]
+        return (
+            (lambda step: functools.reduce(operator.or_, (d(step) for d in each)))
+            if each
+            else None
+        )
+
+    @property
+    def reservoir(self) -> bool:
+        """Whether any of them keeps one."""
+        return any(method.reservoir for method in self.methods)
+
+    @property
+    def statistics(self) -> bool:
+        """Whether any of them draws by statistics of activations."""
+        return any(method.statistics is not None for method in self.methods)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether any of them reads the gradient of entries in A."""
+        return any(method.needs_gradient for method in self.methods)
+
+    @property
+    def probe(self) -> bool | Literal["always"]:
+        """What the most curious of them asks for."""
+        asked = [method.probe for method in self.methods if method.probe]
+        return "always" if "always" in asked else bool(asked)
 
 
 Methods: TypeAlias = Method | Mixture

@@ -14,6 +14,7 @@ from topkast_jax import plan as plan_lib
 from topkast_jax._trees import Parameter
 from topkast_jax._types import LeafMasks, PyTree, SparseState
 from topkast_jax.layouts import host
+from topkast_jax.layouts import share as shares
 from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.packed import Index
 from topkast_jax.layouts.store import Folder, Store
@@ -43,7 +44,8 @@ def convert(
     Returns:
       params, opt_state and store for `tx`; an empty store in the masked layout.
     Raises:
-      ValueError: another method, or masks that are chosen and not yet in force.
+      ValueError: another method, masks that are chosen and not yet in force, or
+        parameters over several processes.
     Example:
       >>> import topkast_jax as tk
       >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
@@ -59,12 +61,21 @@ def convert(
       [[1.0, -2.0], [3.0, -4.0]]
     """
     recipe = recipe_of(tx, "tk.convert")
+    for p in _trees.parameters(params)[0]:
+        if not getattr(p.array, "is_fully_addressable", True):
+            raise ValueError(
+                f"tk.convert: {p.path!r} lies on devices of several processes; save a "
+                "checkpoint, and convert it in one process"
+            )
     states = _trees.find_states(opt_state)
     if len(states) != 1:
         raise ValueError(f"tk.convert: {len(states)} states of tk.sparse, not one")
     (state,) = states
-    reservoirs = map(bool, jax.tree.leaves(state.sparse_reservoir))
-    if any(kept != recipe.method.reservoir for kept in reservoirs):
+    kept = jax.tree_util.tree_flatten_with_path(state.sparse_reservoir)[0]
+    if any(
+        bool(there) != recipe.method_of(_trees.path_name(keys)).reservoir
+        for keys, there in kept
+    ):
         raise ValueError(
             f"tk.convert: {recipe.method.name} is not the method that trained: one of "
             "both keeps a reservoir"
@@ -135,24 +146,23 @@ def _dense(
             continue
         grid = index.grid
         units = np.zeros((grid.whole[0], grid.count, *grid.unit), p.array.dtype)
-        if recipe.method.reservoir:
-            units = np.array((store or Store()).array(p.path, units.shape))
+        if recipe.method_of(p.path).reservoir:
+            own = shares.whole(grid).of
+            units = np.array((store or Store()).array(p.path, units.shape, own))
         leaves.append(jnp.asarray(_put(units, p.array, index)))
     dense = treedef.unflatten(leaves)
     nothing = treedef.unflatten([None] * len(flat))
-    sparse = settled = forward.dense_masks(state)._replace(
-        probe=nothing, shrink=nothing
-    )
-    if recipe.method.probe:
-        due = bool(recipe.method.due and recipe.method.due(int(state.sparse_step) + 1))
-        drawn = treedef.flatten_up_to(state.sparse_masks.probe)
-        probes = [None if i is None else jnp.asarray(due) for i in indices]
-        if recipe.method.candidates is not None:
-            probes = [
-                forward.listed(index, numbers) if _is_index(index) else None
-                for index, numbers in zip(indices, drawn, strict=True)
-            ]
-        sparse = settled._replace(probe=treedef.unflatten(probes))
+    settled = forward.dense_masks(state)._replace(probe=nothing, shrink=nothing)
+    drawn = treedef.flatten_up_to(state.sparse_masks.probe)
+    probes: list[Any] = [None] * len(flat)
+    for i, index in enumerate(indices):
+        method = None if index is None else recipe.method_of(flat[i].path)
+        if method is not None and method.probe:
+            due = method.due is not None and method.due(int(state.sparse_step) + 1)
+            probes[i] = jnp.asarray(bool(due) or method.probe == "always")
+            if method.candidates is not None:
+                probes[i] = forward.listed(index, drawn[i])
+    sparse = settled._replace(probe=treedef.unflatten(probes))
 
     def slot(old: Any, new: Any, index: Index) -> Any:
         grid = index.grid
@@ -181,12 +191,13 @@ def _packed(
         i = site.index
         masks = (np.asarray(m[i]) for m in (forward_, backward))
         sets = LeafMasks(*(host.set_of(site.grid, mask) for mask in masks))
-        numbers = host.numbered(site.grid, sets.forward, sets.backward)
-        indices[i] = indexed(numbers, sets, site, recipe)
+        share = shares.whole(site.grid)
+        numbers = host.numbered(site.grid, sets, len(share.own))
+        indices[i] = indexed(numbers, sets, share, recipe)
         units = site.grid.to_units(np.asarray(flat[i].array))
-        if recipe.method.reservoir:
+        if site.method.reservoir:
             units = stores.add(store, site.path, units)
-        theta[i] = taken(units, numbers, site)
+        theta[i] = taken(units, numbers, share)
     packed = treedef.unflatten(theta)
 
     def slot(old: Any, new: Any, index: Index) -> Any:
@@ -200,10 +211,10 @@ def _packed(
     memory = dict(enumerate(treedef.flatten_up_to(state.sparse_memory)))
     made = state_of(recipe, state.sparse_seed, treedef, indices, memory, packed)
     masks = made.sparse_masks
-    if recipe.method.candidates is not None:
+    if jax.tree.leaves(masks.probe):
         trees = (masks.forward, state.sparse_masks.probe, masks.probe)
         rows = zip(*map(treedef.flatten_up_to, trees), strict=True)
-        probe = [None if row[0] is None else _numbers(*row) for row in rows]
+        probe = [None if row[2] is None else _numbers(*row) for row in rows]
         masks = masks._replace(probe=treedef.unflatten(probe))
     return (
         packed,

@@ -12,8 +12,10 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import TypeAlias
 
-from topkast_jax._trees import Pattern, first_match
-from topkast_jax._types import Counts
+import numpy as np
+
+from topkast_jax._trees import Pattern, first_match, parameters
+from topkast_jax._types import Counts, PyTree
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Copies: TypeAlias = Mapping[str, int]
@@ -174,6 +176,45 @@ def by_path(
                 asked = _remaining_sparsity(shapes, counts, sparsity, copies)
             counts |= rest(others, asked, copies)
         return {p: counts[p] for p in shapes}
+
+    return distribution
+
+
+def of_masks(masks: PyTree) -> Distribution:
+    """As many entries as masks have, whatever the sparsity of the method.
+
+    With `init=masks` the masks are kept as they are; A = B then, also where a method
+    asks for two sparsities.
+
+    Args:
+      masks: tree of bool arrays like the parameters, or `{path: mask}`.
+    Returns:
+      A distribution. It raises ValueError where a mask is missing, or is empty, or the
+      slices of a stacked parameter cannot have the same number of entries.
+    Example:
+      >>> of_masks({"kernel": np.eye(4, dtype=bool)})({"kernel": (4, 4)}, 0.9, {})
+      {'kernel': 4}
+    """
+    counts = {p.path: int(np.sum(p.array)) for p in parameters(masks)[0]}
+
+    def distribution(
+        shapes: Shapes, sparsity: float, copies: Copies = ONE_SLICE
+    ) -> dict[str, int]:
+        del sparsity
+        found = {}
+        for path in shapes:
+            if path not in counts:
+                raise ValueError(
+                    f"of_masks: no mask for {path!r}; there are {', '.join(counts)}"
+                )
+            each, odd = divmod(counts[path], copies.get(path, 1))
+            if odd:
+                raise ValueError(
+                    f"of_masks: {path!r} stacks {copies[path]} slices, and its mask has "
+                    f"{counts[path]} entries: every slice must have the same number"
+                )
+            found[path] = each
+        return found
 
     return distribution
 

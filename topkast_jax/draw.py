@@ -127,16 +127,15 @@ def random_order(
     return _scramble((multiplier, addend), linear_index(shape, within), bits_for(size))
 
 
-def _host_constants(key: jax.Array, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Those of `random_order` for slices 0 ... rows - 1, [rows, 1, rounds] each."""
-    slices = jnp.arange(rows)
-    keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(slices)
+def _host_constants(key: jax.Array, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `random_order` for some slices, [rows, 1, rounds] each."""
+    keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.asarray(rows, jnp.int32))
     multiplier, addend = jax.vmap(_constants)(keys)
     return np.asarray(multiplier)[:, None], np.asarray(addend)[:, None]
 
 
 def ranks_on_host(
-    key: jax.Array, places: np.ndarray, size: int, rows: np.ndarray | None = None
+    key: jax.Array, places: np.ndarray, size: int, rows: np.ndarray
 ) -> np.ndarray:
     """`random_order` at some positions only, in NumPy.
 
@@ -144,15 +143,11 @@ def ranks_on_host(
       key: as for `random_order`.
       places: [slices, n] positions within each slice; or [n] of the slices `rows`.
       size: of a slice.
-      rows: ascending, which slice each position lies in.
+      rows: [slices], their numbers.
     Returns:
       uint32 of the shape of `places`.
     """
-    if rows is None:
-        multiplier, addend = _host_constants(key, len(places))
-    else:
-        both = _host_constants(key, int(rows.max(initial=0)) + 1)
-        multiplier, addend = (x[rows, 0] for x in both)
+    multiplier, addend = _host_constants(key, rows)
     bits = bits_for(size)
     x = places.astype(np.uint32)
     for r in range(_ROUNDS):
@@ -161,9 +156,16 @@ def ranks_on_host(
     return x
 
 
-def positions_on_host(key: jax.Array, rows: int, ranks: int, size: int) -> np.ndarray:
+def positions_on_host(
+    key: jax.Array, rows: np.ndarray, ranks: int, size: int
+) -> np.ndarray:
     """Positions of the first `ranks` ranks of `random_order`, in NumPy.
 
+    Args:
+      key: as for `random_order`.
+      rows: numbers of the slices.
+      ranks: how many.
+      size: of a slice.
     Returns:
       int64 [rows, ranks]; `>= size` means there is none.
     """
@@ -172,7 +174,7 @@ def positions_on_host(key: jax.Array, rows: int, ranks: int, size: int) -> np.nd
     for _ in range(5):
         inverse = inverse * (np.uint32(2) - multiplier * inverse)
     bits = bits_for(size)
-    x = np.broadcast_to(np.arange(ranks, dtype=np.uint32), (rows, ranks)).copy()
+    x = np.broadcast_to(np.arange(ranks, dtype=np.uint32), (len(rows), ranks)).copy()
     for r in reversed(range(_ROUNDS)):
         x ^= x >> np.uint32((bits + 1) // 2)
         x = ((x - addend[..., r]) * inverse[..., r]) & np.uint32(2**bits - 1)

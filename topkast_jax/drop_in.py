@@ -59,6 +59,11 @@ def drop_in(tx: Sparse) -> Sparse:
 
     def init_fn(params: PyTree) -> DropInState:
         wrapped = cast(SparseState, tx.init(params))
+        if jax.tree.leaves(wrapped.sparse_masks.shrink):
+            raise ValueError(
+                "tk.drop_in: the trainer's parameters are theta on A, and under "
+                f"{tx.recipe.method.name} alpha is smaller there; use tk.sparsify"
+            )
         return DropInState(jax.tree.map(jnp.asarray, params), wrapped)
 
     def update_fn(

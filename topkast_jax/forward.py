@@ -128,7 +128,8 @@ def dense_masks(opt_state: PyTree) -> Masks:
     """Masks of every `tk.sparse` inside an optimizer state, bool arrays in any layout.
 
     Args:
-      opt_state: state of a transformation that contains `tk.sparse`, however deep.
+      opt_state: state of a transformation that contains `tk.sparse`, however deep; or
+        its masks, from `tk.masks`.
     Returns:
       `Masks` of bool arrays, each of its parameter's shape; P too, all False where the
       method never probes. None where a parameter is dense.
@@ -141,7 +142,7 @@ def dense_masks(opt_state: PyTree) -> Masks:
       >>> jax.tree.map(jnp.shape, dense_masks(state).probe)
       {'bias': None, 'kernel': (4, 4)}
     """
-    found = _trees.masks(opt_state)
+    found = opt_state if isinstance(opt_state, Masks) else _trees.masks(opt_state)
 
     def marks(index: Index, some: Array) -> Array:
         return scatter(jnp.broadcast_to(some, index.stored), index)

@@ -112,6 +112,11 @@ class Grid:
         return math.prod(self.units[1:]) // self.size
 
     @property
+    def stacked(self) -> tuple[int, ...]:
+        """Axes of `array` along which slices lie; the rest of it is one slice."""
+        return self.split[1].stack if self.plain else (0,)
+
+    @property
     def entries(self) -> int:
         """Entries of one unit."""
         return math.prod(self.structure.block)
@@ -385,7 +390,7 @@ def ceiling(share: Any, k: Any) -> Any:
     return nearest if same else math.ceil(product)
 
 
-def portion(share: Any, k: int, grid: Grid, key: jax.Array, up: bool = False) -> Any:
+def portion(share: Any, k: Any, grid: Grid, key: jax.Array, up: bool = False) -> Any:
     """`share * k` as a number of units of a selection.
 
     Rounded. Where a slice has several selections or groups, each is rounded up or down at random,
@@ -393,7 +398,8 @@ def portion(share: Any, k: int, grid: Grid, key: jax.Array, up: bool = False) ->
 
     Args:
       share: in [0, 1], a number or a traced scalar.
-      k: units that a selection keeps.
+      k: units that a selection keeps: an int, a traced scalar, or as many numbers as
+        `Leaf.count` gives.
       grid: the units.
       key: of the leaf at this step.
       up: rounded up, where a slice is one selection.
@@ -401,16 +407,17 @@ def portion(share: Any, k: int, grid: Grid, key: jax.Array, up: bool = False) ->
       An int, a scalar, or an array with one number for each selection, in the shape of
       `grid.array` with 1 for the axes within.
     """
+    wanted = share * (k if isinstance(k, int) else jnp.asarray(k, jnp.float32))
     if grid.selections * grid.structure.parts == 1:
         if up:
             return ceiling(share, k)
-        if not isinstance(share, Array):
-            return round(share * k)
-        return jnp.minimum(jnp.round(share * k).astype(jnp.int32), k)
+        if not isinstance(wanted, Array):
+            return round(wanted)
+        return jnp.minimum(jnp.round(wanted).astype(jnp.int32), k)
     within = grid.roles.within
     shape = [1 if a in within else n for a, n in enumerate(grid.array)]
     noise = jax.random.uniform(jax.random.fold_in(key, jnp.uint32(_PORTION)), shape)
-    return jnp.minimum(jnp.floor(share * k + noise).astype(jnp.int32), k)
+    return jnp.minimum(jnp.floor(wanted + noise).astype(jnp.int32), k)
 
 
 def _raveled(places: Sequence[Any], shape: Sequence[int]) -> Any:

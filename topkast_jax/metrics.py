@@ -113,6 +113,34 @@ def ever_active(ever: PyTree, masks: Masks) -> PyTree:
     return jax.tree.map(jnp.logical_or, ever, masks.forward)
 
 
+def exploration_rate(opt_state: optax.OptState) -> Float[Array, ""]:
+    """R_s, the share of entries that were ever in A, in any layout; a jit-able scalar.
+
+    Of the parameters whose method remembers it, as a bool array: `tk.rigl_itop`. For
+    other methods carry `ever_active` along.
+
+    Raises:
+      ValueError: no method remembers what was ever in A.
+    Example:
+      >>> import topkast_jax as tk
+      >>> tx = tk.sparse(optax.adam(0.1), tk.rigl_itop(0.75))
+      >>> float(exploration_rate(tx.init({"kernel": jnp.ones((4, 4))})))
+      0.25
+
+    Reference:
+      Liu et al., 2021, arXiv 2102.02887, section 3.
+    """
+    memories = [state.sparse_memory for state in _trees.find_states(opt_state)]
+    ever = [x for x in jax.tree.leaves(memories) if x.dtype == jnp.bool_]
+    if not ever:
+        raise ValueError(
+            "no method here remembers what was ever in A: use tk.rigl_itop, or carry "
+            "tk.metrics.ever_active along"
+        )
+    size = sum(x.size for x in ever)
+    return jnp.asarray(sum(_float_count(x) for x in ever) / jnp.float32(size))
+
+
 def reservoir_used(first: PyTree, ever: PyTree) -> Float[Array, ""]:
     """Share of the entries outside the first A that have been in A since; a scalar."""
     outside = sum(_float_count(~f) for f in jax.tree.leaves(first))

@@ -98,6 +98,11 @@ def sparse(
                 f"layout={layout!r}: {one.name} changes how many entries a parameter "
                 'keeps, and packed arrays have one size; use layout="masked"'
             )
+        if layout != "masked" and one.entrywise:
+            raise ValueError(
+                f"layout={layout!r}: {one.name} remembers something of every entry, and "
+                'packed arrays hold those of B alone; use layout="masked"'
+            )
     if layout != "masked" and reset == "keep":
         raise ValueError(
             f'reset="keep" needs layout="masked": in layout={layout!r} an entry outside '
@@ -249,10 +254,15 @@ def sparse(
             ]
             memories = [operand.memory[site.index] for site in group.sites]
             coming, kept = dict(operand.coming), dict(operand.memory)
+            new_u = list(operand.u)
             found = choose(leaves, memories, step + 1)
             for site, (masks, own) in zip(group.sites, found, strict=True):
-                coming[site.index], kept[site.index] = masks, own
-            return operand._replace(coming=coming, memory=kept)
+                i = site.index
+                coming[i], kept[i] = masks._replace(fresh=None), own
+                if masks.fresh is not None:
+                    zeroed = -theta[i].astype(new_u[i].dtype)
+                    new_u[i] = jnp.where(masks.fresh, zeroed, new_u[i])
+            return operand._replace(coming=coming, memory=kept, u=new_u)
 
         def in_force(group: Group, operand: _Moving) -> _Moving:
             new_sets, new_u = dict(operand.sets), list(operand.u)

@@ -14,24 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from topkast_jax import _trees, faults
 from topkast_jax import plan as plan_lib
 from topkast_jax._types import LeafMasks, Masks, PyTree, SparseState
 from topkast_jax.layouts import host
+from topkast_jax.layouts import share as shares
 from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.host import HostLeaf
 from topkast_jax.layouts.packed import Index, PackedLeaf
+from topkast_jax.layouts.share import Share
 from topkast_jax.layouts.store import Store
 from topkast_jax.plan import Site
-from topkast_jax.sets import is_due, statistics, tree_of
+from topkast_jax.sets import is_due, statistics, tree_of, view
+from topkast_jax.sharding import packed_sharding, state_shardings
 from topkast_jax.transformation import Recipe, Sparse, recipe_of
+
+P: Any = PartitionSpec
 
 
 def transformation(recipe: Recipe) -> Sparse:
     """`tk.sparse` in the packed layout; its state comes from `tk.start`."""
-    method, inner = recipe.method, recipe.inner
+    inner = recipe.inner
 
     def init_fn(params: PyTree) -> Any:
         del params
@@ -56,7 +62,9 @@ def transformation(recipe: Recipe) -> Sparse:
         indices = treedef.flatten_up_to(state.sparse_masks.forward)
         memory = treedef.flatten_up_to(state.sparse_memory)
         step = state.sparse_step
-        given = statistics([method], treedef, stats)
+        sparse = [i for i, index in enumerate(indices) if index is not None]
+        methods = {i: recipe.method_of(flat[i].path) for i in sparse}
+        given = statistics(methods.values(), treedef, stats)
 
         def leaf(i: int) -> PackedLeaf:
             path = flat[i].path
@@ -65,9 +73,8 @@ def transformation(recipe: Recipe) -> Sparse:
             theta = jnp.asarray(flat[i].array)
             return PackedLeaf(theta, raw[i], indices[i], path, key, memory[i], rate)
 
-        sparse = [i for i, index in enumerate(indices) if index is not None]
         inward = list(raw)
-        for i in sparse:
+        for i, method in methods.items():
             if method.observe is not None:
                 memory[i] = method.observe(raw[i], memory[i])
             if method.penalty is not None:
@@ -76,7 +83,7 @@ def transformation(recipe: Recipe) -> Sparse:
             treedef.unflatten(inward), state.sparse_inner, params, **extra
         )
         u = treedef.flatten_up_to(outward)
-        for i in sparse:
+        for i, method in methods.items():
             if method.adjust is not None:
                 u[i] = method.adjust(u[i], leaf(i), memory[i])
         bad = jnp.stack([faults.count(g)[0] for g in raw])
@@ -102,17 +109,15 @@ def _draws(
     stats: Sequence[Any],
 ) -> dict[int, Array]:
     """P of a step as `Masks` keeps it, -1 throughout where no refresh comes after it."""
-    draw = recipe.method.candidates
-    if draw is None:
-        return {}
     found = {}
-    now = is_due(recipe.method, jnp.int32(1) + step)
     for i, index in enumerate(indices):
-        if not isinstance(index, Index):
+        method = recipe.method_of(flat[i].path) if isinstance(index, Index) else None
+        if method is None or method.candidates is None:
             continue
+        now = is_due(method, jnp.int32(1) + step)
         key = _trees.leaf_key(seed, flat[i].path, step)
         leaf = PackedLeaf(None, None, index, flat[i].path, key, stats=stats[i])
-        made = functools.partial(draw, leaf, (), step)
+        made = functools.partial(method.candidates, leaf, (), step)
         nothing = jnp.full(jax.eval_shape(made).shape, -1, jnp.int32)
         turn = functools.partial(lambda made, _: made(), made)
         found[i] = faults.when(now, turn, nothing)
@@ -136,11 +141,16 @@ def start(
     params: PyTree,
     initial: Callable[[jax.Array, Index, Any], Array] = fan_in_normal,
     reservoir: str | os.PathLike[str] | None = None,
+    shardings: PyTree = None,
 ) -> tuple[PyTree, optax.OptState, Store]:
     """Packs parameters: what is trained, its optimizer state, and the reservoir.
 
     Packed parameters have fewer axes than dense ones. Masks and labels of the inner
     optimizer that go by `ndim` (which weights decay) must be made from the dense ones.
+
+    With several processes, all of them call it, and say where the dense parameters would
+    lie. Each then makes its own shards, selects in the slices that its devices hold, and
+    keeps their theta; what is returned lies over all devices.
 
     Args:
       tx: `tk.sparse(..., layout="packed")`.
@@ -150,13 +160,17 @@ def start(
         a jax.ShapeDtypeStruct: nothing as large as it is made, here or later.
       initial: `(key, index, dtype) -> values` of sparse leaves that are only shapes.
       reservoir: folder of files that are mapped into memory, for a theta larger than
-        that; None keeps it in memory. A reservoir that is there is overwritten.
+        that; None keeps it in memory. A reservoir that is there is overwritten. Each of
+        several processes has a folder of its own inside.
+      shardings: tree of NamedSharding that the dense parameters would have; None leaves
+        theta wherever JAX puts it, or takes those of parameters over several processes.
     Returns:
       theta: tree like `params`, sparse leaves [*stack, k_B] in place of dense arrays.
       opt_state: the state that `tx.update` takes.
       store: theta in host memory, for methods with a reservoir.
     Raises:
-      ValueError: another layout, a shape where values are needed, or as `tx.init`.
+      ValueError: another layout, a shape where values are needed, shardings that cut a
+        parameter elsewhere than between its groups, or as `tx.init`.
     Example:
       >>> import topkast_jax as tk
       >>> tx = tk.sparse(optax.adam(0.1), tk.top_kast(0.5, 0.25), layout="packed")
@@ -174,34 +188,98 @@ def start(
     theta: list[Any] = []
     indices: dict[int, Index] = {}
     memory: dict[int, Any] = {}
+    if reservoir is not None:
+        reservoir = stores.of_process(reservoir)
     store = stores.create(reservoir if recipe.method.reservoir else None)
+    lies = _dense_shardings(flat, treedef, shardings)
     for i, parameter in enumerate(flat):
-        dense = _made(params, treedef, i) if callable(params) else parameter.array
+        dense = parameter.array
+        if callable(params):
+            dense = _made(params, treedef, i, lies[i])
         only_shape = isinstance(dense, jax.ShapeDtypeStruct)
-        if only_shape and (i not in sites or recipe.method.reservoir):
+        if only_shape and (i not in sites or sites[i].method.reservoir):
             why = "the reservoir keeps them" if i in sites else "it is kept dense"
             raise ValueError(
                 f"{parameter.path!r} is only a shape, but its values are needed: {why}"
             )
         if i not in sites:
-            theta.append(jnp.asarray(dense))
+            placed = (
+                jnp.asarray(dense) if lies[i] is None else shares.put(dense, lies[i])
+            )
+            theta.append(placed)
             continue
-        site = sites[i]
-        units = None if only_shape else site.grid.to_units(np.asarray(dense))
-        if recipe.method.reservoir and units is not None:
-            units = stores.add(store, site.path, units)
-        leaf = host_leaf(site, seed, 0, units, dense.dtype)
-        masks, memory[i] = recipe.method.init(leaf)
-        numbers = host.numbered(site.grid, masks.forward, masks.backward)
-        indices[i] = indexed(numbers, masks, site, recipe)
+        site, share = sites[i], shares.whole(sites[i].grid)
+        if lies[i] is not None:
+            share = shares.of(site.grid, packed_sharding(site.path, site.grid, lies[i]))
+        units = None if only_shape else share.units(dense, lies[i])
+        if site.method.reservoir and units is not None:
+            units = stores.add(store, site.path, units, share.of)
+        del dense
+        leaf = host_leaf(site, seed, 0, units, share, parameter.array.dtype)
+        masks, own = site.method.init(leaf)
+        memory[i] = jax.tree.map(jnp.asarray, own)
+        numbers = host.numbered(site.grid, masks, len(share.own))
+        indices[i] = indexed(numbers, masks, share, recipe)
         if units is None:
             key = jax.random.fold_in(leaf.key, _INITIAL)
-            theta.append(initial(key, indices[i], dense.dtype))
+            theta.append(_drawn(initial, key, indices[i], leaf.value.dtype, share))
         else:
-            theta.append(taken(units, numbers, site))
+            theta.append(taken(units, numbers, share))
     packed = treedef.unflatten(theta)
     _require_slots(recipe, shapes, packed, [flat[i] for i in sites])
-    return packed, state_of(recipe, seed, treedef, indices, memory, packed), store
+
+    def state(packed: PyTree) -> SparseState:
+        return state_of(recipe, seed, treedef, indices, memory, packed)
+
+    if not any(lies):
+        return packed, state(packed), store
+    everywhere = NamedSharding(lies[0].mesh, P())
+    of_theta = jax.tree.map(lambda x: x.sharding, packed)
+    abstract = jax.eval_shape(state, packed)
+    of_state = state_shardings(abstract, packed, of_theta, everywhere)
+    inner = of_state.sparse_inner
+    made = state_of(recipe, seed, treedef, indices, memory, packed, inner)
+    return packed, jax.tree.map(_put_unless_there, made, of_state), store
+
+
+def _put_unless_there(x: Any, sharding: Any) -> Any:
+    there = isinstance(x, jax.Array) and x.sharding == sharding
+    return x if there else shares.put(x, sharding)
+
+
+def _dense_shardings(
+    flat: list[_trees.Parameter], treedef: Any, shardings: PyTree
+) -> list[Any]:
+    """NamedSharding of every dense parameter, None for each where none were given."""
+    lie = [getattr(p.array, "sharding", None) for p in flat]
+    if shardings is not None:
+        lie = treedef.flatten_up_to(shardings)
+    elif all(getattr(p.array, "is_fully_addressable", True) for p in flat):
+        return [None] * len(flat)
+    for p, sharding in zip(flat, lie, strict=True):
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"tk.start: the sharding of {p.path!r} is {sharding}, which tells of no "
+                "mesh; give every parameter a jax.sharding.NamedSharding of one mesh"
+            )
+    return lie
+
+
+def _drawn(
+    initial: Callable[[jax.Array, Index, Any], Array],
+    key: jax.Array,
+    index: Index,
+    dtype: Any,
+    share: Share,
+) -> Array:
+    """Initial values, made where they will lie; no mesh changes them."""
+    if share.sharding is None:
+        return initial(key, index, dtype)
+
+    def make(key: jax.Array, index: Index) -> Array:
+        return initial(key, index, dtype)
+
+    return jax.jit(make, out_shardings=share.sharding)(key, index)
 
 
 def _require_slots(
@@ -277,6 +355,7 @@ def shapes(
     theta = [struct(jnp.shape(p.array), p.array.dtype) for p in flat]
     indices: dict[int, Index] = {}
     found = plan_lib.sites(recipe.method, recipe.axes, flat)
+    dense = [theta[site.index] for site in found]
     if unknown := sorted(set(sizes or {}) - {site.path for site in found}):
         raise ValueError(f"tk.shapes: sizes for {unknown[0]!r}, which is not sparse")
     for site in found:
@@ -289,9 +368,19 @@ def shapes(
         theta[site.index] = struct((*shape, *site.grid.unit), theta[site.index].dtype)
     packed = treedef.unflatten(theta)
 
+    def remembered(site: Site, value: Array) -> Any:
+        """The memory of a method: of one form in every layout."""
+        nothing = LeafMasks(*[jnp.zeros_like(value, bool)] * 2)
+        seed = jnp.asarray(recipe.seed, jnp.uint32)
+        return site.method.init(view(site, value, nothing, value, seed, 0))[1]
+
     def state(packed: PyTree) -> SparseState:
         seed = jnp.asarray(recipe.seed, jnp.uint32)
-        return state_of(recipe, seed, treedef, {}, dict.fromkeys(indices, ()), packed)
+        memory = {
+            site.index: remembered(site, jnp.zeros(shape.shape, shape.dtype))
+            for site, shape in zip(found, dense, strict=True)
+        }
+        return state_of(recipe, seed, treedef, {}, memory, packed)
 
     def drawn() -> Any:
         seed = jnp.asarray(recipe.seed, jnp.uint32)
@@ -326,9 +415,15 @@ def recipe_for(tx: optax.GradientTransformation, caller: str) -> Recipe:
     return recipe
 
 
-def _made(make: Callable[[], PyTree], treedef: Any, i: int) -> np.ndarray:
+def _made(make: Callable[[], PyTree], treedef: Any, i: int, sharding: Any) -> Any:
     """Leaf `i` of the tree that `make` makes; XLA leaves out all the others."""
-    return np.asarray(jax.jit(lambda: treedef.flatten_up_to(make())[i])())
+
+    def leaf() -> Any:
+        return treedef.flatten_up_to(make())[i]
+
+    if sharding is None:
+        return np.asarray(jax.jit(leaf)())
+    return jax.jit(leaf, out_shardings=sharding)()
 
 
 _INITIAL = 2**32 - 2
@@ -336,21 +431,27 @@ _INITIAL = 2**32 - 2
 
 
 def host_leaf(
-    site: Site, seed: Any, step: int, units: np.ndarray | None, dtype: Any
+    site: Site,
+    seed: Any,
+    step: int,
+    units: np.ndarray | None,
+    share: Share,
+    dtype: Any,
 ) -> HostLeaf:
-    """A leaf over all of theta, [slices, units, *unit], or without any entries."""
-    rows = site.grid.whole[0] * site.grid.selections
-    value, places = np.zeros((rows, 0, *site.grid.unit), dtype), None
+    """A leaf over all of theta, [own, units, *unit], or without any entries."""
+    rows = host.rows_of(site.grid, share.own)
+    value, places = np.zeros((len(rows), 0, *site.grid.unit), dtype), None
     if units is None:
-        places = np.zeros((rows, 0), np.int64)
+        places = np.zeros((len(rows), 0), np.int64)
     else:
-        value = host.by_selection(site.grid, units)
+        value = host.by_selection(site.grid, units, share.own)
     marks = np.zeros(value.shape[:2], bool)
     return HostLeaf(
         grid=site.grid,
         counts=site.counts,
         path=site.path,
         key=_trees.leaf_key(seed, site.path, step),
+        rows=rows,
         places=places,
         value=value,
         grad=np.zeros((0,), dtype),
@@ -359,21 +460,17 @@ def host_leaf(
     )
 
 
-def indexed(numbers: np.ndarray, masks: LeafMasks, site: Site, recipe: Recipe) -> Index:
-    slices = site.grid.whole[0]
-    shaped = numbers.reshape(*site.grid.stack, -1)
-    k_forward = len(masks.forward) // slices
-    return Index(jnp.asarray(shaped), site.grid, k_forward, recipe.layout == "block")
+def indexed(
+    numbers: np.ndarray, masks: LeafMasks, share: Share, recipe: Recipe
+) -> Index:
+    k_forward = len(masks.forward) // len(numbers)
+    by_unit = recipe.layout == "block"
+    return Index(share.place(numbers), share.grid, k_forward, by_unit)
 
 
-def stored(values: np.ndarray, site: Site) -> Array:
-    shape = (*site.grid.stack, values.shape[1], *site.grid.unit)
-    return jnp.asarray(values.reshape(shape))
-
-
-def taken(units: np.ndarray, numbers: np.ndarray, site: Site) -> Array:
-    """Some of [slices, units, *unit], as packed parameters are stored."""
-    return stored(np.take_along_axis(units, wide(numbers, units), 1), site)
+def taken(units: np.ndarray, numbers: np.ndarray, share: Share) -> Array:
+    """Some of [own, units, *unit], as packed parameters are stored."""
+    return share.place(np.take_along_axis(units, wide(numbers, units), 1))
 
 
 def wide(index: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -388,19 +485,27 @@ def state_of(
     indices: dict[int, Index],
     memory: dict[int, Any],
     theta: PyTree,
+    shardings: PyTree = None,
 ) -> SparseState:
-    reservoir = jnp.asarray(recipe.method.reservoir)
+    """A state of step 0; `shardings` are of its inner state, where it lies on a mesh."""
+    init = recipe.inner.init
+    if shardings is not None:
+        init = jax.jit(init, out_shardings=shardings)
+    paths = [p.path for p in _trees.parameters(theta)[0]]
+    reservoirs = {
+        i: jnp.asarray(recipe.method_of(paths[i]).reservoir) for i in indices or memory
+    }
     return SparseState(
         sparse_step=jnp.int32(0),
         sparse_seed=seed,
         sparse_masks=_first_masks(recipe, seed, treedef, indices, theta),
         sparse_memory=tree_of(treedef, memory),
-        sparse_reservoir=tree_of(treedef, dict.fromkeys(memory, reservoir)),
+        sparse_reservoir=tree_of(treedef, reservoirs),
         leaks=jnp.int32(0),
         nonfinite_step=jnp.int32(-1),
         nonfinite_leaf=jnp.uint32(0),
         nonfinite_count=jnp.int32(0),
-        sparse_inner=recipe.inner.init(theta),
+        sparse_inner=init(theta),
     )
 
 

@@ -165,12 +165,14 @@ class Plan(NamedTuple):
       slotless: sparse parameters for which the inner optimizer keeps no array of their
         shape, so that nothing is reset when entries enter or leave B.
       structure: name of the structure of the masks.
+      notes: of the methods whose sets change in size, what k_A and k_B stand for.
     """
 
     method: str
     rows: tuple[Row, ...]
     slotless: tuple[str, ...]
     structure: str
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "axes", "k_A", "k_B", "sparsity A", "B", "slots")
@@ -200,6 +202,7 @@ class Plan(NamedTuple):
                 for i in (0, 1)
             )
             text += f"\n{self.structure}: asked for k_A {a}, k_B {b}; rounded per layer"
+        text += "".join(f"\n{note}" for note in self.notes)
         if self.slotless:
             text += (
                 "\nno slot in the inner optimizer (nothing to reset when masks move): "
@@ -251,4 +254,6 @@ def make(
         rows.append(Row(param.path, shape, text, *kept, slots, asked))
     slotless = tuple(row.path for row in rows if row.sparse and not row.slots)
     structures = dict.fromkeys(s.method.structure.name for s in found.values())
-    return Plan(methods.name, tuple(rows), slotless, " + ".join(structures))
+    used = dict.fromkeys((s.method.name, s.method.note) for s in found.values())
+    notes = tuple(f"{name}: {note}" for name, note in used if note)
+    return Plan(methods.name, tuple(rows), slotless, " + ".join(structures), notes)

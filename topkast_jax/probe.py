@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from topkast_jax import _trees
 from topkast_jax._types import PyTree
 from topkast_jax.layouts.packed import Index, Probed, scatter
 from topkast_jax.select import top_k
+
+P: Any = PartitionSpec
 
 
 @functools.partial(
@@ -28,6 +31,9 @@ from topkast_jax.select import top_k
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What `probe` saw of one parameter.
+
+    A method that reads the gradient of A alone (`tk.mest`) is content with that of the
+    step: `Found(None, None, grad)`.
 
     Attributes:
       index: int32 [slices, c], units outside A: those of largest gradient, as many as A
@@ -68,18 +74,38 @@ def probe(
     masks = _trees.masks(opt_state)
     flat, treedef = _trees.parameters(theta)
     (state,) = _trees.find_states(opt_state)
-    if jax.tree.leaves(masks.probe):
-        return probe_candidates(loss, theta, opt_state, args)
-    found: list[Found | None] = []
-    for i, index in enumerate(treedef.flatten_up_to(masks.forward)):
-        if not isinstance(index, Index):
-            found.append(None)
+    found: list[Found | None] = [None] * len(flat)
+    drawn = treedef.flatten_up_to(masks.probe)
+    indices = treedef.flatten_up_to(masks.forward)
+    if any(numbers is not None for numbers in drawn):
+        some = probe_candidates(loss, theta, opt_state, args)
+        found = treedef.flatten_up_to(some)
+    for i, index in enumerate(indices):
+        if not isinstance(index, Index) or drawn[i] is not None:
             continue
         key = _trees.leaf_key(state.sparse_seed, flat[i].path, state.sparse_step + 1)
         one = probe_leaf(loss, i, theta, opt_state, index, key, args)
         one.grad.block_until_ready()  # so that two never overlap
-        found.append(one)
-    return treedef.unflatten(found)
+        found[i] = one
+    readable = [
+        None if one is None else _readable(one, index)
+        for one, index in zip(found, indices, strict=True)
+    ]
+    return treedef.unflatten(readable)
+
+
+def _readable(found: Found, index: Index) -> Found:
+    """What was found, where every process can read its slices of it."""
+    lies = index.index.sharding
+    if lies.is_fully_addressable:
+        return found
+    everywhere = NamedSharding(lies.mesh, P())
+    return Found(
+        jax.device_put(found.index, everywhere),
+        jax.device_put(found.candidates, everywhere),
+        jax.device_put(found.grad, lies),
+        None if found.seen is None else jax.device_put(found.seen, everywhere),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

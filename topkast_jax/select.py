@@ -95,7 +95,8 @@ def top_k_tree(
     Args:
       scores: tree of arrays of one dtype, each of at most 2^31-1 entries. Counts across
         leaves do not overflow.
-      k: in [0, total size]; a Python int, or a traced int32 scalar.
+      k: in [0, total size]; a Python int, a traced int32 scalar, or, for what may not fit
+        one, a pair (high, low) of them that stands for high * 2**30 + low.
       among: tree of bool masks of the same structure; None for everywhere.
       key: ties go to the first leaf and the lowest index, or in a random order over all
         leaves.
@@ -211,6 +212,8 @@ class _Count(NamedTuple):
 
     @classmethod
     def of(cls, k: Any) -> "_Count":
+        if isinstance(k, tuple):
+            return cls(*(jnp.asarray(part, jnp.int32) for part in k))
         if isinstance(k, int | np.integer):
             return cls(jnp.int32(int(k) >> 30), jnp.int32(int(k) & (2**30 - 1)))
         k = jnp.asarray(k).astype(jnp.int32)

@@ -36,7 +36,9 @@ def probes(
         if not method.probe:
             continue
         now = jnp.asarray(True)
-        if method.probe != "always":
+        if callable(method.probe):
+            now = jnp.asarray(method.probe(step))
+        elif method.probe != "always":
             now = is_due(method, jnp.int32(1) + step)
         for site in sites:
             found[site.index] = now
@@ -85,8 +87,8 @@ def kept(site: Site, sets: Mapping[int, LeafMasks]) -> Array:
 
     On A too where it may be larger: before SNIP has chosen, A is everything, B nothing.
     """
-    forward, backward, _ = sets[site.index]
-    return backward if site.method.fixed else backward | forward
+    mine = sets[site.index]
+    return mine.backward if site.method.fixed else mine.backward | mine.forward
 
 
 def tree_of(treedef: Any, by_index: dict[int, Any]) -> PyTree:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from topkast_jax import _trees
 from topkast_jax._types import Masks, PyTree
 from topkast_jax.grid import Grid
+from topkast_jax.layouts import share as shares
 from topkast_jax.layouts.packed import Index
 
 P: Any = PartitionSpec
@@ -92,14 +93,39 @@ def packed_shardings(masks: Masks, shardings: PyTree) -> PyTree:
     def one(keys: Any, index: Any, sharding: NamedSharding) -> NamedSharding:
         if not isinstance(index, Index):
             return sharding
-        path = _trees.path_name(keys)
-        spec = _packed_spec(path, index.grid, sharding)
-        nothing = (None,) * (1 + len(index.grid.unit))
-        return NamedSharding(sharding.mesh, P(*spec, *nothing))
+        return packed_sharding(_trees.path_name(keys), index.grid, sharding)
 
     return jax.tree_util.tree_map_with_path(
         one, masks.forward, shardings, is_leaf=lambda x: x is None or _is_index(x)
     )
+
+
+def packed_sharding(path: str, grid: Grid, sharding: NamedSharding) -> NamedSharding:
+    """`packed_shardings` of one parameter."""
+    spec = _packed_spec(path, grid, sharding)
+    nothing = (None,) * (1 + len(grid.unit))
+    return NamedSharding(sharding.mesh, P(*spec, *nothing))
+
+
+def own_slices(masks: Masks) -> dict[str, tuple[Any, int]]:
+    """The slices of packed parameters that the devices of this process hold.
+
+    What its `tk.Store` keeps, and what `tk.Journal.load` puts together for it.
+
+    Args:
+      masks: `tk.masks(opt_state)`, also of shapes with shardings.
+    Returns:
+      By path, numbers of the slices (stack axes, groups last) in C order, and how many
+      there are; only of parameters of which other processes hold some.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(masks.forward, is_leaf=_is_index)[0]
+    found = {}
+    for keys, index in flat:
+        if isinstance(index, Index):
+            share = shares.of(index.grid, index.index.sharding)
+            if not share.complete:
+                found[_trees.path_name(keys)] = share.of
+    return found
 
 
 def gather_groups(theta: PyTree, masks: Masks, shardings: PyTree, axes: Any) -> Any:

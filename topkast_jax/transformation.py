@@ -7,7 +7,7 @@ import optax
 
 from topkast_jax import plan as plan_lib
 from topkast_jax._trees import AxesRules
-from topkast_jax._types import Methods, PyTree, Schedule
+from topkast_jax._types import Method, Methods, PyTree, Schedule
 from topkast_jax.plan import Plan
 
 Reset = Literal["init", "keep"]
@@ -25,6 +25,13 @@ class Recipe(NamedTuple):
     reset: Reset
     learning_rate: float | Schedule | None
     delay: int = 0
+
+    def method_of(self, path: str) -> Method:
+        """The method of a sparse parameter."""
+        method = plan_lib.method_of(self.method, path)
+        if method is None:
+            raise ValueError(f"{path!r} is sparse, and tk.groups says that it is dense")
+        return method
 
     def rate(self, step: Any) -> Any:
         """The learning rate of a step, where it was given."""

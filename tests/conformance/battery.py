@@ -7,6 +7,7 @@ share no code with the library but its public functions.
 import functools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +30,129 @@ METHODS: dict[str, Callable[..., tk.Method]] = {
     "static": lambda refresh, **options: tk.static(FORWARD, **options),
     "set": lambda **options: tk.set_(FORWARD, drop_fraction=DROP, **options),
     "rigl": lambda **options: tk.rigl(FORWARD, drop_fraction=DROP, **options),
+    "magnitude": lambda **options: tk.magnitude(FORWARD, **RAMP, **options),
+    "saliency": lambda **options: tk.saliency(FORWARD, **RAMP, **options),
+    "random_pruning": lambda **options: tk.random_pruning(FORWARD, **RAMP, **options),
+    "one_shot": lambda refresh, **options: tk.one_shot(FORWARD, at=4, **options),
+    "snip": lambda refresh, **options: tk.snip(FORWARD, scope="layer", **options),
+    "straight_through": lambda **options: tk.straight_through(FORWARD, **options),
+    "acdc": lambda refresh, **options: tk.acdc(
+        FORWARD, **PHASES, scope="layer", **options
+    ),
+    "granet": lambda **options: tk.granet(
+        FORWARD,
+        **RAMP,
+        initial_sparsity=BACKWARD,
+        drop_fraction=DROP,
+        scope="layer",
+        distribution=tk.uniform,
+        **options,
+    ),
+    "rigl_itop": lambda **options: tk.rigl_itop(FORWARD, drop_fraction=DROP, **options),
+    "snfs": lambda **options: tk.snfs(FORWARD, drop_fraction=DROP, **options),
+    "mest": lambda **options: tk.mest(FORWARD, drop_fraction=DROP, **options),
+    "srigl": lambda **options: tk.srigl(
+        FORWARD, drop_fraction=DROP, gamma_sal=0.7, **options
+    ),
+    "dsr": lambda **options: tk.dsr(
+        FORWARD, threshold=0.1, drop_fraction=DROP, **options
+    ),
+    "deep_r": lambda **options: tk.deep_r(
+        FORWARD, l1=0.05, temperature=0.05, **options
+    ),
     "gse": lambda **options: tk.gse(
         FORWARD, drop_fraction=DROP, distribution=tk.uniform, **options
     ),
 }
-PROBING = {"rigl": 0, "gse": None}
-"""Methods that see gradients off B before a refresh: axes of P, None as the leaf has."""
+RAMP: Any = {"start": 0, "stop": 6}
+PHASES: Any = {"warmup": EVERY, "compressed": EVERY, "dense": EVERY, "last": 100}
+
+
+class Facts(NamedTuple):
+    """What the battery must know of a method.
+
+    Attributes:
+      counts: `(size of a slice, step) -> (|A|, |B|)`.
+      chooses: what a refresh leaves: "largest" of all, "nested" sets, most of A and
+        something new ("exchange"), or what the counts say of it alone ("").
+      due: whether masks may change at a step.
+      probes: whether a step sees gradients off B; None where none ever does.
+      subset: whether those are of some entries only, a mask of them.
+      reservoir: whether weights off B keep their value.
+      budget: what has the counts: every "slice"; the "network", between whose parameters
+        entries move; or every "column" of outputs has the same number, or none.
+    """
+
+    counts: Callable[[int, int], tuple[int, int]]
+    chooses: str = ""
+    due: Callable[[int], bool] = lambda step: step % EVERY == 0
+    probes: Callable[[int], bool] | None = None
+    subset: bool = False
+    reservoir: bool = False
+    budget: str = "slice"
+
+
+def fixed(forward: float, backward: float) -> Callable[[int, int], tuple[int, int]]:
+    """The same sizes at every step."""
+    return lambda size, _: (round((1 - forward) * size), round((1 - backward) * size))
+
+
+def cubic(first: float) -> Callable[[int, int], tuple[int, int]]:
+    """A = B, from a first sparsity to `FORWARD` along the ramp."""
+
+    def counts(size: int, step: int) -> tuple[int, int]:
+        due = step - step % EVERY  # the last refresh
+        left = Fraction(max(0, RAMP["stop"] - due), RAMP["stop"]) ** 3
+        first_k, last_k = (round((1 - s) * size) for s in (first, FORWARD))
+        return (round(last_k + (first_k - last_k) * left),) * 2
+
+    return counts
+
+
+def dense_until(step: int) -> Callable[[int, int], tuple[int, int]]:
+    """A = B, everything before a step."""
+    return lambda size, t: (size,) * 2 if t < step else fixed(FORWARD, FORWARD)(size, t)
+
+
+def phases(size: int, step: int) -> tuple[int, int]:
+    """A = B, everything in every other phase."""
+    dense = step // EVERY % 2 == 0
+    return (size,) * 2 if dense else fixed(FORWARD, FORWARD)(size, step)
+
+
+def looking(size: int, step: int) -> tuple[int, int]:
+    """Step 0 uses everything and trains nothing."""
+    return (size, 0) if step == 0 else fixed(FORWARD, FORWARD)(size, step)
+
+
+def before_refresh(step: int) -> bool:
+    return (step + 1) % EVERY == 0
+
+
+SAME = fixed(FORWARD, FORWARD)
+FACTS: dict[str, Facts] = {
+    "top_kast": Facts(fixed(FORWARD, BACKWARD), "largest", reservoir=True),
+    "static": Facts(SAME, due=lambda step: False),
+    "set": Facts(SAME, "exchange"),
+    "rigl": Facts(SAME, "exchange", probes=before_refresh),
+    "magnitude": Facts(cubic(0.0), "nested"),
+    "saliency": Facts(cubic(0.0), "nested"),
+    "random_pruning": Facts(cubic(0.0), "nested"),
+    "one_shot": Facts(dense_until(4), "nested", due=lambda step: step == 4),
+    "snip": Facts(looking, due=lambda step: step == 1, probes=lambda step: step == 0),
+    "straight_through": Facts(fixed(FORWARD, 0.0), "largest", reservoir=True),
+    "acdc": Facts(phases),
+    "granet": Facts(cubic(BACKWARD), "exchange", probes=before_refresh),
+    "rigl_itop": Facts(SAME, "exchange", probes=before_refresh),
+    "snfs": Facts(SAME, "exchange", probes=lambda step: True, budget="network"),
+    "mest": Facts(SAME, "exchange"),
+    "srigl": Facts(SAME, probes=before_refresh, budget="column"),
+    "dsr": Facts(SAME, budget="network"),
+    "deep_r": Facts(SAME, budget="network"),
+    "gse": Facts(SAME, "exchange", probes=before_refresh, subset=True),
+}
+RATE = 0.05
+"""Learning rate told to methods that scale by it."""
 
 
 def make_method(name: str, where: Any = tk.kernels) -> tk.Method:
@@ -146,7 +264,7 @@ def train(
 def assert_conforms(run: Run, tx: optax.GradientTransformation, name: str) -> None:
     """Everything that holds for every method with every optimizer on every tree."""
     assert_fixed_point(run, tx)
-    assert_counts(run)
+    assert_counts(run, name)
     assert_moves_when_due(run, name)
     assert_probes(run, name)
     assert_off_mask(run, name)
@@ -207,10 +325,11 @@ def assert_fixed_point(run: Run, tx: optax.GradientTransformation) -> None:
     assert run.programs == 1
 
 
-def assert_counts(run: Run) -> None:
-    """Exactly k_A and k_B at every step, per slice; A within B."""
+def assert_counts(run: Run, name: str) -> None:
+    """Exactly k_A and k_B at every step, of whatever has a budget of its own; A within B,
+    unless B is nothing.
+    """
     theta = named(run.model.params)
-    reservoir = all(bool(s.sparse_reservoir) for s in sparse_states(run.states[0]))
     for state in run.states:
         forward, backward = sets(state)
         assert forward.keys() == backward.keys()
@@ -220,11 +339,21 @@ def assert_counts(run: Run) -> None:
             assert a.dtype == b.dtype == np.bool_
             assert a.shape == b.shape == theta[path].shape
             size = in_slices(run, path, a).shape[1]
-            k_a = round((1 - FORWARD) * size)
-            k_b = round((1 - BACKWARD) * size) if reservoir else k_a
-            assert (in_slices(run, path, a).sum(1) == k_a).all(), path
-            assert (in_slices(run, path, b).sum(1) == k_b).all(), path
-            assert not (a & ~b).any(), path
+            k_a, k_b = FACTS[name].counts(size, clock(state))
+            assert k_b == 0 or not (a & ~b).any(), path
+            if FACTS[name].budget == "slice":
+                assert (in_slices(run, path, a).sum(1) == k_a).all(), path
+                assert (in_slices(run, path, b).sum(1) == k_b).all(), path
+            elif FACTS[name].budget == "column":
+                for columns in in_slices(run, path, a).reshape(-1, *a.shape[-2:]):
+                    inputs = columns.sum(0)
+                    living = int((inputs > 0).sum())
+                    fan_in = min(k_a // living, len(columns))
+                    assert set(inputs.tolist()) - {0} == {fan_in}, path
+        if FACTS[name].budget == "network":
+            wanted = sum(round((1 - FORWARD) * a.size) for a in forward.values())
+            assert sum(int(a.sum()) for a in forward.values()) == wanted
+            assert all((a == backward[path]).all() for path, a in forward.items())
 
 
 def assert_moves_when_due(run: Run, name: str) -> None:
@@ -235,7 +364,7 @@ def assert_moves_when_due(run: Run, name: str) -> None:
     ):
         old, new = sets(before), sets(after)
         step = clock(after)
-        due = step > clock(before) and step % EVERY == 0 and name != "static"
+        due = step > clock(before) and FACTS[name].due(step)
         for path in moved:
             same = all(
                 (o[path] == n[path]).all() for o, n in zip(old, new, strict=True)
@@ -259,32 +388,39 @@ def assert_selection(
 ) -> None:
     """What can be said of a refresh from its result alone."""
     size = in_slices(run, path, np.abs(theta))
-    if name == "top_kast":
+    chooses = FACTS[name].chooses
+    if chooses == "largest":
         for chosen in new:
             marks = in_slices(run, path, chosen[path])
             for magnitude, mark in zip(size, marks, strict=True):
-                assert magnitude[mark].min() >= magnitude[~mark].max(), path
+                rest = magnitude[~mark].max(initial=0)
+                assert magnitude[mark].min() >= rest, path
         return
     marks_old = in_slices(run, path, old[path])
     marks_new = in_slices(run, path, new[0][path])
     for was, now in zip(marks_old, marks_new, strict=True):
-        k = was.sum()
-        # GSE rounds the number up, the others to the nearest.
-        assert (was & now).sum() >= k - math.ceil(DROP * k), path
+        if chooses == "nested":
+            assert not (now & ~was).any(), path
+        elif chooses == "exchange":
+            k = min(was.sum(), now.sum())
+            # GSE rounds the number up, the others to the nearest.
+            most = math.ceil(DROP * k) if name == "gse" else round(DROP * k)
+            assert (was & now).sum() >= k - most, path
 
 
 def assert_probes(run: Run, name: str) -> None:
-    """Some see gradients in the step before a refresh, all or a few; the others never do."""
+    """Gradients are seen in the steps whose gradient a refresh needs, only there."""
+    probes_at = FACTS[name].probes
     for state in run.states:
         probes = named(tk.masks(state).probe)
-        if name not in PROBING:
+        if probes_at is None:
             assert probes == {}
             continue
         assert probes.keys() == sets(state)[0].keys()
-        want = (clock(state) + 1) % EVERY == 0
+        want = probes_at(clock(state))
         for path, probe in probes.items():
-            rank = PROBING[name]
-            assert probe.ndim == (sets(state)[0][path].ndim if rank is None else rank)
+            rank = sets(state)[0][path].ndim if FACTS[name].subset else 0
+            assert probe.ndim == rank, path
             assert bool(probe.any()) == want, path
 
 
@@ -294,17 +430,18 @@ def assert_off_mask(run: Run, name: str) -> None:
         zip(run.states[:-1], run.states[1:], strict=True)
     ):
         tk.check(run.params[t + 1], after)
-        old, new = sets(before)[1], sets(after)[1]
+        (forward, old), new = sets(before), sets(after)[1]
         was, now = named(run.params[t]), named(run.params[t + 1])
         if clock(after) == clock(before):
             for path, value in now.items():
                 np.testing.assert_array_equal(value, was[path])
             continue
         for path, b in old.items():
-            if name == "top_kast":
+            if FACTS[name].reservoir:
                 assert now[path][~b].tobytes() == was[path][~b].tobytes(), path
             else:  # what leaves B is zero at once, what enters starts at zero
-                assert not now[path][~(b & new[path])].any(), path
+                kept = (forward[path] | b) & new[path]
+                assert not now[path][~kept].any(), path
 
 
 def assert_slots(run: Run) -> None:

@@ -139,7 +139,11 @@ REST = [(m, t) for m in tk.METHODS for t in TREES if (m, t) not in CELLS]
 
 def run_cell(method: str, tree: str) -> None:
     model = TREES[tree]()
-    tx = tk.sparse(optax.adam(0.05), battery.make_method(method, model.where))
+    tx = tk.sparse(
+        optax.adam(0.05),
+        battery.make_method(method, model.where),
+        learning_rate=battery.RATE,
+    )
     battery.assert_conforms(battery.train(model, tx), tx, method)
 
 
@@ -158,7 +162,12 @@ def test_tree_of_the_full_product(method: str, tree: str) -> None:
 def test_stacked_kernels_keep_k_in_each_slice(method: str) -> None:
     model = stacked()
     axes = tk.axes({"blocks/kernel": "s i o"})
-    tx = tk.sparse(optax.adam(0.05), battery.make_method(method), axes=axes)
+    tx = tk.sparse(
+        optax.adam(0.05),
+        battery.make_method(method),
+        axes=axes,
+        learning_rate=battery.RATE,
+    )
     battery.assert_conforms(battery.train(model, tx), tx, method)
 
 

@@ -83,7 +83,7 @@ def test_an_empty_carry_and_a_dense_run(tmp_path: pathlib.Path) -> None:
         checkpoints.save(1, state, {}, {})
         assert_same(checkpoints.restore(lambda meta: abstract(state)).state, state)
         weights = checkpoints.weights(lambda meta: abstract(params))
-    assert jax.tree.leaves(weights.forward) == []
+    assert jax.tree.leaves(weights.masks.forward) == []
     assert_same(weights.params, params)
 
 
@@ -97,7 +97,7 @@ def test_weights_without_the_optimizer(saved: pathlib.Path) -> None:
     state = make_state(20)
     assert found is not None
     assert_same(found.params, state.params)
-    assert_same(found.forward, tk.masks(state.opt_state).forward)
+    assert_same(found.masks.forward, tk.masks(state.opt_state).forward)
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:

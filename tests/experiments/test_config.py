@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
@@ -90,6 +91,38 @@ def test_quickstart_builds_every_method(method: str, smoke: str) -> None:
     assert smoke == "" or config.steps <= 8
 
 
+def made(arg: str, **changes: Any) -> tk.Method:
+    """The method of the quickstart with these arguments."""
+    config = quickstart.get_config(arg)
+    config.sparse.update(changes)
+    rate = optimizer.learning_rate(config.learning_rate, config.steps)
+    inner = optimizer.inner(config.optimizer, rate)
+    method = optimizer.sparse(config.sparse, inner, rate, steps=1500, seed=0)[1]
+    assert method is not None
+    return method
+
+
+def due_at(method: tk.Method) -> list[int]:
+    assert method.due is not None
+    return np.flatnonzero(method.due(np.arange(1501))).tolist()
+
+
+def test_open_steps_are_shares_of_the_run() -> None:
+    assert due_at(made("method=magnitude")) == [*range(200, 1125, 100), 1125]
+    assert due_at(made("method=one_shot")) == [750]
+    assert due_at(made("method=one_shot", at=7)) == [7]
+    phases = due_at(made("method=acdc"))
+    assert phases == list(range(150, 1201, 75))  # the last is compressed to the end
+    with pytest.raises(ValueError, match="sparse.last=1500 never comes within"):
+        made("method=acdc", last=1500)
+
+
+def test_a_dense_beginning() -> None:
+    """Steps of the method count from there, and none falls after the run."""
+    assert due_at(made("method=rigl", begin=450)) == [450, *range(550, 1500, 100)]
+    assert due_at(made("method=one_shot", begin=500)) == [500, 1000]
+
+
 def test_quickstart_defaults() -> None:
     config = quickstart.get_config()
     assert config.sparse.method == "top_kast"
@@ -164,6 +197,7 @@ BAD = [
     ({"sparse__refresh": 0}, "n=0 must be at least 1"),
     ({"sparse__refresh_stop": 2}, "never fires"),
     ({"sparse__stop": 12}, "sparse.stop=12 never comes within steps=12"),
+    ({"sparse__begin": 12}, r"sparse.begin=12 must be in \[1, steps=12\)"),
     ({"sparse__where": "*/kernal"}, "pattern '[*]/kernal' matches no parameter"),
     ({"sparse__distribution": "flat"}, "sparse.distribution='flat' is unknown"),
     ({"sparse__structure": "block:8x8"}, "sparse.structure='block:8x8' is unknown"),

@@ -15,7 +15,7 @@ import pytest
 from runs import ROOT
 
 from configs.sweeps import patterns
-from experiments import jobs, log, sweep
+from experiments import jobs, log, results, sweep
 from experiments.table import table
 
 # Stands in for experiments.train: writes a last evaluation, or does as its seed says.
@@ -136,6 +136,33 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
     )
     assert run(path) == 0
     assert (starts(tmp_path, "one"), starts(tmp_path, "two")) == (2, 1)
+
+
+def test_results_outlive_the_folders_of_their_runs(
+    tmp_path: pathlib.Path, write: Write, run: Callable[[str], int]
+) -> None:
+    path, file = write(job("one", 1), job("two", 2)), tmp_path / "results.jsonl"
+    assert run(path) == 0
+    here = jobs.load(path, tmp_path / "runs")
+    results.write(file, here[:1])
+    elsewhere = jobs.load(path, tmp_path / "other")  # nothing has run there
+    elsewhere = results.known(elsewhere, results.read(file))
+    assert elsewhere[0].result() == {"loss": 0.5, "bits_per_byte": 2.0}
+    assert elsewhere[1].result() is None
+    assert sweep.run(elsewhere, tmp_path / "cache", file) == 0
+    assert not (tmp_path / "other" / "one").exists()
+    assert list(results.read(file)) == ["one", "two"]
+    # What was run with other settings is no result of this job.
+    changed = jobs.load(write(job("one", 3), job("two", 2)), tmp_path / "third")
+    known = results.known(changed, results.read(file))
+    assert known[0].result() is None and known[1].result() is not None
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"name": "one"}\n')
+    with pytest.raises(ValueError, match=r"line 1 is no result of a job"):
+        results.read(file)
 
 
 def test_ctrl_c_reaches_the_job_and_the_same_command_goes_on(

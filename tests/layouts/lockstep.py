@@ -67,7 +67,8 @@ def run(
     seen, chosen = [], None
     for t in range(STEPS):
         found = None
-        if packed and method.probe and tk.due(tx, t + 1 + delay):
+        reads = method.probe or method.needs_gradient
+        if packed and reads and tk.due(tx, t + 1 + delay):
             found = tk.probe(loss, theta, state, t)
         theta, state, value = step(theta, state, t)
         if packed and delay and tk.due(tx, t + 1 + delay):

@@ -20,6 +20,7 @@ METHODS: dict[str, Any] = {
     ),
     "top_kast_stop": lambda **o: tk.top_kast(0.8, 0.6, refresh=DUE, stop=8, **o),
     "static": lambda **o: tk.static(0.8, **o),
+    "straight_through": lambda **o: tk.straight_through(0.8, refresh=DUE, **o),
     "set": lambda **o: tk.set_(0.8, refresh=DUE, **o),
     "rigl": lambda **o: tk.rigl(
         0.8, refresh=DUE, drop_fraction=tk.cosine(0.9, STEPS), **o
@@ -32,6 +33,9 @@ METHODS: dict[str, Any] = {
         distribution=tk.uniform,
         **o,
     ),
+    "rigl_itop": lambda **o: tk.rigl_itop(0.8, refresh=DUE, **o),
+    "mest": lambda **o: tk.mest(0.8, refresh=DUE, weight=0.5, **o),
+    "srigl": lambda **o: tk.srigl(0.8, gamma_sal=0.0, refresh=DUE, **o),
 }
 STRUCTURES = {
     "entries": tk.unstructured,
@@ -45,8 +49,11 @@ STRUCTURES = {
     "groups_of_fan_in": tk.groups_of(2, tk.fan_in(2, 4)),
     "groups_of_n_of_m": tk.groups_of(2, tk.n_of_m(4), along="inputs"),
 }
+APART = ("top_kast_random", "srigl")
 CELLS = [
-    *((name, "entries", PLAIN) for name in METHODS if name != "top_kast_random"),
+    *((name, "entries", PLAIN) for name in METHODS if name not in APART),
+    ("srigl", "fan_in", PLAIN),
+    ("srigl", "groups_of_fan_in", STACKED),
     ("top_kast_random", "fan_in_blocks", STACKED),
     ("top_kast", "blocks", STACKED),
     ("top_kast", "n_of_m", STACKED),
@@ -61,7 +68,8 @@ REST = [
     for shape in (PLAIN, STACKED)
     if (name, structure, shape) not in CELLS
     # Too few units in a selection for RigL to change any of them.
-    and not (name == "rigl" and structure.startswith("groups") and shape == STACKED)
+    and not ("rigl" in name and structure.startswith("groups") and shape == STACKED)
+    and not (name == "srigl" and "fan_in" not in structure)
 ]
 
 
@@ -407,3 +415,55 @@ def test_shapes_are_those_of_the_start(stop):
     assert expected == found
     with pytest.raises(ValueError, match="sizes for 'kernle', which is not sparse"):
         tk.shapes(tx, params, {"kernle": (2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (tk.snfs(0.8), "snfs changes how many entries a parameter keeps"),
+        (tk.snfs(0.8, redistribute=False), "snfs remembers something of every entry"),
+        (tk.mest(0.8, soft=True), "mest changes how many entries"),
+        (tk.srigl(0.8), "srigl changes how many entries"),
+        (tk.dsr(0.8), "dsr changes how many entries"),
+        (tk.deep_r(0.8), "deep_r changes how many entries"),
+        (tk.deep_r(0.8, scope="leaf"), "deep_r remembers something of every entry"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["packed", "block"])
+def test_methods_that_need_dense_arrays_are_declined(method, message, layout):
+    with pytest.raises(ValueError, match=message):
+        tk.sparse(optax.sgd(0.1), method, layout=layout, learning_rate=0.1)
+
+
+def test_mest_asks_for_the_gradient_of_what_it_has():
+    tx, theta, state, store = start(METHODS["mest"]())
+    with pytest.raises(ValueError, match="mest chooses by the gradient .* tk.probe"):
+        tk.refresh(tx, theta, state, store)
+    probed = tk.probe(loss, theta, state, 0)
+    grads = jax.grad(loss)(theta, state, 0)
+    own = {
+        "one": {"kernel": tk.Found(None, None, grads["one"]["kernel"]), "bias": None}
+    }
+    after = [
+        tk.refresh(tx, theta, state, store, found)[0]["one"]["kernel"]
+        for found in (probed, own)
+    ]
+    np.testing.assert_array_equal(*after)
+
+
+def test_exploration_is_the_same_in_every_layout():
+    method = METHODS["rigl_itop"](structure=tk.blocks(4, 2))
+    params = {"one": {"kernel": jnp.ones((16, 24)), "bias": jnp.zeros(24)}}
+    masked, packed = (
+        tk.sparse(optax.adam(0.05), method, layout=layout, seed=7)
+        for layout in ("masked", "packed")
+    )
+    state = masked.init(params)
+    _, own, _ = tk.start(packed, params)
+    memories = [s.sparse_memory["one"]["kernel"] for s in (state, own)]
+    np.testing.assert_array_equal(*memories)
+    assert tk.metrics.exploration_rate(own) == tk.metrics.exploration_rate(state)
+    abstract = tk.shapes(packed, params)[1]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), own
+    )

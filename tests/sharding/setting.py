@@ -91,6 +91,17 @@ def methods() -> dict[str, tk.Method]:
     }
 
 
+def dynamic() -> dict[str, tk.Method]:
+    """Those with a memory, with numbers that cross parameters, and with noise."""
+    due: dict[str, Any] = {"refresh": tk.every(REFRESH)}
+    return {
+        "snfs": tk.snfs(0.75, momentum=0.5, **due),
+        "dsr": tk.dsr(0.75, threshold=0.0625, **due),
+        "deep_r": tk.deep_r(0.75, l1=0.0625, temperature=2.0**-5, **due),
+        "srigl": tk.srigl(0.75, gamma_sal=0.9, **due),
+    }
+
+
 def same_bits(first: Any, second: Any) -> bool:
     """Equal trees of arrays, wherever they lie."""
     one, two = jax.tree.flatten(first), jax.tree.flatten(second)

@@ -9,7 +9,18 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from setting import AXES, KINDS, LAYOUTS, Place, jit, methods, parameters, place, report
+from setting import (
+    AXES,
+    KINDS,
+    LAYOUTS,
+    Place,
+    dynamic,
+    jit,
+    methods,
+    parameters,
+    place,
+    report,
+)
 from suite_training import data, train_step
 
 import topkast_jax as tk
@@ -60,13 +71,15 @@ def run(full: bool) -> None:
     """What is moved between devices, beside the dense step with the same sharding."""
     adam = optax.adam(0.01)
     smallest = min(p.size for p in jax.tree.leaves(parameters()) if p.ndim > 1)
-    cells = [("auto", ["top_kast", "rigl"]), ("explicit", ["top_kast_random"])]
+    cells = [("auto", ["top_kast", "rigl", "snfs"]), ("explicit", ["top_kast_random"])]
+    every = methods() | dynamic()
     if full:
-        cells = [(kind, list(methods())) for kind in KINDS]
+        cells = [(kind, list(every)) for kind in KINDS]
     for kind, names in cells:
         here = place("both", kind)
         for name in names:
-            tx = tk.sparse(adam, methods()[name], axes=tk.axes(AXES))
+            axes = tk.axes(AXES)
+            tx = tk.sparse(adam, every[name], axes=axes, learning_rate=0.01)
             with jax.set_mesh(here.mesh):
                 text = compiled(tx, here, False, True, only_update=True)
             report(

@@ -15,6 +15,7 @@ from setting import (
     Place,
     compilations,
     draw,
+    dynamic,
     jit,
     methods,
     parameters,
@@ -40,7 +41,9 @@ class Step(NamedTuple):
 
 
 def exact_step(method: tk.Method) -> tuple[optax.GradientTransformation, Step]:
-    tx = tk.sparse(optax.sgd(0.25, momentum=0.5), method, seed=5, axes=tk.axes(AXES))
+    inner = optax.sgd(0.25, momentum=0.5)
+    axes = tk.axes(AXES)
+    tx = tk.sparse(inner, method, seed=5, axes=axes, learning_rate=0.25)
 
     def update(params: Any, state: Any, dense_grads: Any) -> Any:
         masks = tk.masks(state)
@@ -96,12 +99,15 @@ def run(full: bool) -> None:
         ("set", "fsdp", "explicit"),
         ("rigl", "tensor", "auto"),
         ("gse", "both", "explicit"),
+        ("snfs", "both", "explicit"),
+        ("deep_r", "both", "auto"),
     ]
+    every = methods() | dynamic()
     if full:
-        cells = [(m, *pair) for m in methods() for pair in pairs]
+        cells = [(m, *pair) for m in every for pair in pairs]
     alone = {}
     for name, layout, kind in cells:
-        tx, step = exact_step(methods()[name])
+        tx, step = exact_step(every[name])
         if name not in alone:
             alone[name] = trajectory(step, None, tx)[0]
         here = place(layout, kind)

@@ -31,7 +31,7 @@ def judge_training(found: dict[str, Any], cells: int) -> None:
 
 
 def test_init_and_refresh_are_equal_on_one_and_eight_devices() -> None:
-    judge_refresh(run_suite("refresh"), cells=5)
+    judge_refresh(run_suite("refresh"), cells=7)
 
 
 def test_statistics_are_summed_over_devices() -> None:
@@ -51,7 +51,7 @@ def test_losses_agree_over_twenty_steps() -> None:
 
 @pytest.mark.slow
 def test_init_and_refresh_are_equal_on_every_mesh() -> None:
-    judge_refresh(run_suite("refresh", full=True), cells=30)
+    judge_refresh(run_suite("refresh", full=True), cells=54)
 
 
 @pytest.mark.slow

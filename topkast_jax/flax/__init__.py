@@ -4,6 +4,7 @@ The only room of the library that imports flax; `import topkast_jax.flax` asks f
 """
 
 from topkast_jax.flax import linen, nnx
+from topkast_jax.flax.activations import meprop, swat
 from topkast_jax.flax.linen import apply, routes
 
-__all__ = ["apply", "linen", "nnx", "routes"]
+__all__ = ["apply", "linen", "meprop", "nnx", "routes", "swat"]

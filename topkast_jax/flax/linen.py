@@ -164,13 +164,21 @@ def _reasons(
             found[path] = found.get(path) or why
         return out
 
+    watch(model, record, variables, *args, **kwargs)
+    return found
+
+
+def watch(
+    model: nn.Module, interceptor: Any, variables: Any, *args: Any, **kwargs: Any
+) -> None:
+    """One abstract call of a model, with dense shapes, under an interceptor."""
+
     def call(variables: Any, *args: Any, **kwargs: Any) -> None:
         params = jax.tree.map(_dense, variables["params"], is_leaf=_is_block)
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(interceptor):
             model.apply({**variables, "params": params}, *args, **kwargs)
 
     contraction.abstract_call(call, variables, *args, **kwargs)
-    return found
 
 
 def _why_not(module: nn.Module, args: Any, kwargs: Any, matrix: BlockMatrix) -> str:

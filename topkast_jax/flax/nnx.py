@@ -8,9 +8,12 @@ from flax import nnx
 
 from topkast_jax._types import PyTree
 from topkast_jax.flax import contraction
+from topkast_jax.flax.nnx_activations import meprop, swat
 from topkast_jax.flax.slots import Kernel, Note, put_product, why_not
 from topkast_jax.layouts.packed import BlockMatrix, Index, expand
 from topkast_jax.ops.api import choose
+
+__all__ = ["meprop", "merge", "routes", "swat"]
 
 
 def merge(graphdef: nnx.GraphDef, *states: PyTree) -> Any:

@@ -50,7 +50,7 @@ class Kernel(BlockMatrix):
 
 def why_not(layer: Any, index: Index) -> str:
     """What keeps a layer from multiplying by units, whatever it is called with."""
-    slot, name = _slot(layer), type(layer).__name__
+    slot, name = slot_of(layer), type(layer).__name__
     if slot is None:
         return f"{name} is not a Linear, LinearGeneral, Einsum or 1x1 Conv layer"
     own = getattr(layer, slot.name)
@@ -59,7 +59,7 @@ def why_not(layer: Any, index: Index) -> str:
     if getattr(layer, "mask", None) is not None:
         return "Conv has feature groups or a mask"
     grid = index.grid
-    stacked = len(grid.shape) - _rank(layer)
+    stacked = len(grid.shape) - rank_of(layer)
     if grid.axes.stack != tuple(range(stacked)):
         return (
             f"its kernel has {stacked} axes more than the layer reads; declare them, "
@@ -70,14 +70,14 @@ def why_not(layer: Any, index: Index) -> str:
 
 def put_product(layer: Any, note: Note) -> None:
     """Makes one layer multiply by units; `note` is told why a call does not."""
-    slot = _slot(layer)
+    slot = slot_of(layer)
     assert slot is not None
     setattr(layer, slot.name, _Product(slot, note))
     layer.promote_dtype = _Promote(layer.promote_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slot:
+class Slot:
     """Where a kind of layer keeps the function that multiplies.
 
     Attributes:
@@ -128,18 +128,16 @@ def _of_convolution(
     return contraction.of_pointwise(x, size, tuple(strides))
 
 
-_DOT = _Slot(
-    "dot_general", (lax.dot_general, None), lax.dot_general, 1, _of_dot_general
-)
-_EINSUM = _Slot("einsum_op", (jnp.einsum,), jnp.einsum, 2, _of_einsum)
-_CONVOLUTION = _Slot(
+_DOT = Slot("dot_general", (lax.dot_general, None), lax.dot_general, 1, _of_dot_general)
+_EINSUM = Slot("einsum_op", (jnp.einsum,), jnp.einsum, 2, _of_einsum)
+_CONVOLUTION = Slot(
     "conv_general_dilated",
     (lax.conv_general_dilated,),
     lax.conv_general_dilated,
     1,
     _of_convolution,
 )
-_SLOTS: dict[type, _Slot] = {
+_SLOTS: dict[type, Slot] = {
     nnx.Linear: _DOT,
     nnx.LinearGeneral: _DOT,
     nnx.Einsum: _EINSUM,
@@ -147,7 +145,7 @@ _SLOTS: dict[type, _Slot] = {
 }
 
 
-def _slot(layer: nnx.Module) -> _Slot | None:
+def slot_of(layer: nnx.Module) -> Slot | None:
     """The slot of a layer whose call is that of one of `_SLOTS`."""
     for known, slot in _SLOTS.items():
         if isinstance(layer, known) and type(layer).__call__ is known.__call__:
@@ -155,7 +153,7 @@ def _slot(layer: nnx.Module) -> _Slot | None:
     return None
 
 
-def _rank(layer: Any) -> int:
+def rank_of(layer: Any) -> int:
     """Axes of a layer's kernel, by its settings: without those of a stack."""
     if isinstance(layer, nnx.Linear):
         return 2
@@ -169,7 +167,7 @@ def _rank(layer: Any) -> int:
 class _Product:
     """What stands in a slot: by units where the kernel is a BlockMatrix."""
 
-    slot: _Slot
+    slot: Slot
     note: Note
 
     def __call__(

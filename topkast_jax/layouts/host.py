@@ -19,7 +19,11 @@ from topkast_jax.grid import Grid, portion, total
 from topkast_jax.pairs import draw as draw_pairs
 
 Set = Int[np.ndarray, " _"]
-"""A set of units: sorted int64, selection * size + position within the selection."""
+"""A set of units: sorted int64, selection * size + position within the selection.
+
+Selections have the numbers that they have in the whole parameter, also where a process
+holds some of its slices (`layouts.share`).
+"""
 
 _FEW = 64
 """Up to so many selections are worth a pass of their own."""
@@ -30,6 +34,7 @@ class HostLeaf:
     """A `Leaf` in NumPy: [selections, entries of each, *unit].
 
     Attributes:
+      rows: [selections], their numbers, ascending.
       places: [selections, m], position of each entry within its selection, ascending;
         None where the entries are all units, in order.
       value: [selections, m, *unit].
@@ -44,6 +49,7 @@ class HostLeaf:
     counts: Counts
     path: str
     key: jax.Array
+    rows: np.ndarray
     places: np.ndarray | None
     value: np.ndarray
     grad: np.ndarray
@@ -61,6 +67,11 @@ class HostLeaf:
         return self.grid.size
 
     @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        return self.grid.selections
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.grid.shape
 
@@ -75,6 +86,26 @@ class HostLeaf:
             units = np.where(np.asarray(among), units, -np.inf)
         chosen = _top_rows(units, _per_row(k, len(units)))
         return self._set(chosen, self.places)
+
+    def quota(self, scores: Any, k: Any, among: Any = None) -> np.ndarray:
+        """How many of a slice's `k` units of largest score lie in each selection."""
+        units = total(np.asarray(scores), len(self.grid.unit))
+        if among is not None:
+            units = np.where(np.asarray(among), units, -np.inf)
+        places = self.places
+        if places is None:
+            places = np.broadcast_to(np.arange(self.size), units.shape)
+        slices, number = _to_units(self.grid, self._keys(places).reshape(-1))
+        order = np.argsort(slices, kind="stable")
+        shape = (len(self.rows) // self.grid.selections, -1)
+        chosen = _top_rows(
+            units.reshape(-1)[order].reshape(shape),
+            _per_row(k, shape[0]),
+            number[order].reshape(shape),
+        )
+        marks = np.zeros(units.size, bool)
+        marks[order] = chosen.reshape(-1)
+        return marks.reshape(units.shape).sum(axis=1)
 
     def grow(self, score: Score, k: Any, outside: Set, among: Set | None = None) -> Set:
         """The `k` candidates of largest score outside a set; ties in random order."""
@@ -94,7 +125,7 @@ class HostLeaf:
         if among is not None:
             taken |= ~_contains(among, keys)
         units = np.where(taken, -np.inf, units)
-        ranks = draw.ranks_on_host(self.key, places, self.size)
+        ranks = draw.ranks_on_host(self.key, places, self.size, self.rows)
         chosen = _top_rows(units, _per_row(k, len(units)), ranks)
         return self._set(chosen, places)
 
@@ -102,16 +133,15 @@ class HostLeaf:
         """`k` random units of each selection, outside a set, and within one if given."""
         if among is not None:
             return self._draw_among(k, among, outside)
-        rows = self.grid.count * self.grid.whole[0] // self.size
-        wanted = _per_row(k, rows)
+        wanted = _per_row(k, len(self.rows))
         taken = np.zeros(0, np.int64) if outside is None else outside
-        most = np.bincount(taken // self.size, minlength=rows).max(initial=0)
+        most = np.bincount(taken // self.size).max(initial=0)
         bits = draw.bits_for(self.size)
         needed = int(wanted.max(initial=0) + most)
         ranks = math.ceil(1.1 * needed * 2**bits / self.size) + 16
         while True:
             ranks = min(ranks, 2**bits)
-            places = draw.positions_on_host(self.key, rows, ranks, self.size)
+            places = draw.positions_on_host(self.key, self.rows, ranks, self.size)
             keys = self._keys(places)
             free = (places < self.size) & ~_contains(taken, keys)
             order = np.cumsum(free, axis=1)
@@ -123,23 +153,36 @@ class HostLeaf:
         """As `draw`: the members that come first in the same random order."""
         if outside is not None:
             among = among[~_contains(outside, among)]
-        rows = self.grid.count * self.grid.whole[0] // self.size
-        row, place = np.divmod(among, self.size)
-        ranks = draw.ranks_on_host(self.key, place, self.size, row)
-        order = np.lexsort((ranks, row))
-        first = np.searchsorted(row, np.arange(rows))
-        turn = np.arange(len(among)) - first[row]  # rows ascend, also once ordered
-        return np.sort(among[order][turn < _per_row(k, rows)[row]])
+        selection, place = np.divmod(among, self.size)
+        ranks = draw.ranks_on_host(self.key, place[:, None], self.size, selection)[:, 0]
+        order = np.lexsort((ranks, selection))
+        row = np.searchsorted(self.rows, selection)  # ascends, also once ordered
+        turn = np.arange(len(among)) - np.searchsorted(row, row)
+        return np.sort(among[order][turn < _per_row(k, len(self.rows))[row]])
 
     def given(self, mask: np.ndarray, most: int) -> Set:
         """A set from a bool array of the parameter's shape, of at most so many units."""
         self.grid.require(self.path, mask, most)
-        return set_of(self.grid, mask)
+        entries = set_of(self.grid, mask)
+        return entries[np.isin(entries // self.size, self.rows)]
+
+    def marks(self, entries: Set) -> np.ndarray:
+        """A set as a bool array of the parameter's shape."""
+        grid = self.grid
+        if len(self.rows) < grid.whole[0] * grid.selections:
+            raise ValueError(
+                f"{self.path!r}: a memory of every entry needs all slices on one process"
+            )
+        slices, units = _to_units(grid, entries)
+        marks = np.zeros((grid.whole[0], grid.count), bool)
+        marks[slices, units] = True
+        wide = marks.reshape(*marks.shape, *(1 for _ in grid.unit))
+        return grid.from_units(np.broadcast_to(wide, (*marks.shape, *grid.unit)))
 
     def count(self, entries: Set) -> np.ndarray:
         """Units of a set in each selection."""
-        rows = self.grid.count * self.grid.whole[0] // self.size
-        return np.bincount(entries // self.size, minlength=rows)
+        at = np.searchsorted(self.rows, entries // self.size)
+        return np.bincount(at, minlength=len(self.rows))
 
     def union(self, first: Set, second: Set) -> Set:
         """Union of two sets."""
@@ -157,16 +200,30 @@ class HostLeaf:
         draws = draw_pairs(self.key, n, self.grid, inputs, outputs)
         slices, rows, columns = (np.asarray(x).astype(np.int64) for x in draws)
         units = self.grid.numbers(rows, columns)
-        keys = _to_keys(self.grid, slices * self.grid.count + units)
-        return np.unique(keys)
+        keys = np.unique(_to_keys(self.grid, slices * self.grid.count + units))
+        return keys[np.isin(keys // self.size, self.rows)]
 
-    def portion(self, share: Any, k: int, up: bool = False) -> Any:
+    def portion(self, share: Any, k: Any, up: bool = False) -> Any:
         """`share * k` as a number of units of a selection; see the masked layout."""
         found = portion(share, k, self.grid, self.key, up)
-        return found if isinstance(found, int) else np.asarray(found).reshape(-1)
+        if isinstance(found, int):
+            return found
+        numbers = np.asarray(found).reshape(-1)  # one for all, or one for each
+        return numbers[self.rows] if len(numbers) > 1 else numbers
 
-    def masks(self, forward: Set, backward: Set, shrink: Any = None) -> LeafMasks:
+    def masks(
+        self,
+        forward: Set,
+        backward: Set,
+        shrink: Any = None,
+        fresh: Set | None = None,
+    ) -> LeafMasks:
         """A and B, as `numbered` reads them."""
+        if fresh is not None:
+            raise ValueError(
+                f"{self.path!r}: values that begin anew while they stay in B need "
+                'layout="masked"'
+            )
         if shrink is not None:
             raise ValueError(
                 f"{self.path!r}: alpha that is smaller than theta on A needs "
@@ -175,16 +232,19 @@ class HostLeaf:
         return LeafMasks(forward, backward)
 
     def _keys(self, places: np.ndarray) -> np.ndarray:
-        return places + self.size * np.arange(len(places), dtype=np.int64)[:, None]
+        return places + self.size * self.rows[:, None]
 
     def _set(self, chosen: np.ndarray, places: np.ndarray | None) -> Set:
         """From marks on entries; sorted even where the places are not."""
         if places is None:
-            return np.flatnonzero(chosen)
+            found = np.flatnonzero(chosen)
+            if len(self.rows) == self.grid.whole[0] * self.grid.selections:
+                return found
+            return self.rows[found // self.size] * self.size + found % self.size
         return np.sort(self._keys(places)[chosen])
 
 
-def set_of(grid: Grid, mask: np.ndarray) -> Set:
+def set_of(grid: Grid, mask: Any) -> Set:
     """A mask of entries, made of whole units, as a set."""
     units = grid.to_units(np.asarray(mask))
     units = units[(..., *(0 for _ in grid.unit))]
@@ -239,15 +299,22 @@ def _top_rows(
     return chosen
 
 
-def numbered(grid: Grid, forward: Set, backward: Set) -> np.ndarray:
-    """int32 [slices, n_B] of `Index`: numbers of units, A first, each part by selection."""
+def numbered(grid: Grid, masks: LeafMasks, slices: int) -> np.ndarray:
+    """int32 [slices, n_B] of `Index`: numbers of units, A first, each part by selection.
+
+    Args:
+      grid: units of the parameter.
+      masks: A and B.
+      slices: how many they are of.
+    """
+    forward, backward = masks.forward, masks.backward
     rest = backward[~_contains(forward, backward)]
     parts = []
     for part in (forward, rest):
-        slices, units = _to_units(grid, part)
+        owner, units = _to_units(grid, part)
         # Selections of a slice follow each other, unless outputs come before the stack.
-        order = np.argsort(slices, kind="stable")
-        parts.append(units[order].reshape(grid.whole[0], -1))
+        order = np.argsort(owner, kind="stable")
+        parts.append(units[order].reshape(slices, -1))
     return np.concatenate(parts, axis=1).astype(np.int32)
 
 
@@ -279,29 +346,73 @@ def _to_keys(grid: Grid, flat: np.ndarray) -> np.ndarray:
     return selection * grid.size + position
 
 
-def selection_places(grid: Grid, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def selections_of(grid: Grid, own: np.ndarray) -> np.ndarray:
+    """Numbers of the selections in each of some slices, [own, selections]."""
+    if grid.row_per_slice:
+        return own[:, None]
+    array, roles = grid.stored_array
+    first = _slice_axes(grid)
+    rest = [a for a in roles.stack if a >= first]
+    where: dict[int, np.ndarray] = {}
+    for axes, numbers in (
+        (rest, np.arange(grid.selections)),
+        (range(first), own[:, None]),
+    ):
+        if axes:
+            found = np.unravel_index(numbers, [array[a] for a in axes])
+            where |= dict(zip(axes, found, strict=True))
+    lead = [np.broadcast_to(where[a], (len(own), grid.selections)) for a in roles.stack]
+    return np.ravel_multi_index(lead, [array[a] for a in roles.stack]).astype(np.int64)
+
+
+def rows_of(grid: Grid, own: np.ndarray) -> np.ndarray:
+    """Numbers of the selections in some slices, ascending."""
+    if len(own) == grid.whole[0]:
+        return np.arange(len(own) * grid.selections)
+    return np.sort(selections_of(grid, own), axis=None)
+
+
+def _slice_axes(grid: Grid) -> int:
+    """How many axes of `grid.stored_array` count slices: the first ones."""
+    return len(grid.stack) if grid.plain else 1
+
+
+def selection_places(
+    grid: Grid, index: np.ndarray, own: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads a list of units by selection.
 
     Args:
       grid: units of the parameter.
-      index: [slices, n] numbers of units, the same number in each selection.
+      index: [own, n] numbers of units, the same number in each selection.
+      own: numbers of the slices.
     Returns:
       places [selections, m], ascending, and [selections, m], where in the flattened
       list each of them stands.
     """
-    slices = np.arange(len(index), dtype=np.int64)[:, None]
-    keys = _to_keys(grid, (slices * grid.count + index).reshape(-1))
+    keys = _to_keys(
+        grid, (own.astype(np.int64)[:, None] * grid.count + index).reshape(-1)
+    )
     order = np.argsort(keys, kind="stable")
-    rows = grid.whole[0] * grid.selections
+    rows = len(own) * grid.selections
     return keys[order].reshape(rows, -1) % grid.size, order.reshape(rows, -1)
 
 
-def by_selection(grid: Grid, units: np.ndarray) -> np.ndarray:
-    """[slices, units, *unit] of all of theta as [selections, size, *unit]."""
+def by_selection(grid: Grid, units: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """theta of some slices, [own, units, *unit], as [selections, size, *unit]."""
     if grid.row_per_slice:
         return units
     array, roles = grid.stored_array
-    inside = tuple(range(len(array), len(array) + len(grid.unit)))
-    units = units.reshape(*array, *grid.unit)
-    units = units.transpose(*roles.stack, *roles.within, *inside)
-    return units.reshape(-1, grid.size, *grid.unit)
+    if len(own) == grid.whole[0]:
+        inside = range(len(array), len(array) + len(grid.unit))
+        units = units.reshape(*array, *grid.unit)
+        units = units.transpose(*roles.stack, *roles.within, *inside)
+        return units.reshape(-1, grid.size, *grid.unit)
+    first = _slice_axes(grid)
+    axes = [a for a in roles.stack if a >= first] + list(roles.within)
+    units = units.reshape(len(own), *array[first:], *grid.unit)
+    inside = range(1 + len(axes), units.ndim)
+    units = units.transpose(0, *(1 + a - first for a in axes), *inside)
+    # Outputs may come before the stack.
+    order = np.argsort(selections_of(grid, own), axis=None, kind="stable")
+    return units.reshape(-1, grid.size, *grid.unit)[order]

@@ -5,7 +5,9 @@ holds those units with their last values, and a checkpoint needs no more of the 
 than the number of records at its time.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -15,14 +17,16 @@ import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topkast_jax.layouts import gather
 from topkast_jax.layouts import store as stores
-from topkast_jax.layouts.store import Folder, Store
+from topkast_jax.layouts.store import Folder, Own, Store
 
 Left = dict[str, tuple[np.ndarray, np.ndarray]]
-"""By path: units that left B (slice * units + number), and their values."""
+"""By path: units that left B (own slice * units + number), and their values."""
 _BASE, _RECORD, _DIGITS = "base-", "record-", 8
 
 
@@ -30,7 +34,8 @@ class Journal:
     """A folder of bases (`base-<records>/`) and records (`record-<number>.bin`).
 
     Everything appears whole or not at all: a process that is killed loses what it was
-    writing, and nothing else.
+    writing, and nothing else. Of several processes each writes what it owns, to a folder
+    of its own inside.
 
     Args:
       folder: where they lie.
@@ -38,15 +43,23 @@ class Journal:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = pathlib.Path(folder)
+        self._here = stores.of_process(folder)
         self.records = max([0, *self._numbers(_RECORD), *self._numbers(_BASE)])
         self._compaction: Future[None] | None = None
 
     def begin(self, store: Store) -> None:
-        """Writes the first base, and empties the folder of all else."""
+        """Writes the first base, and empties the folder of all else.
+
+        The other processes begin theirs at the same time, and nobody touches those.
+        """
         self.wait()
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+        if jax.process_index() == 0 and self.folder.exists():
+            kept = f"process-*-of-{jax.process_count():04}"
+            for file in self.folder.iterdir():
+                if file == self._here or not file.match(kept):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+        shutil.rmtree(self._here, ignore_errors=True)
+        self._here.mkdir(parents=True)
         self.records = 0
         store.save(self._base(0))
 
@@ -67,15 +80,38 @@ class Journal:
         os.replace(temporary, file)
         self.records += 1
 
-    def load(self, records: int, mapped: Folder | None = None) -> Store:
+    def load(
+        self, records: int, mapped: Folder | None = None, own: Own | None = None
+    ) -> Store:
         """The reservoir after a number of records.
 
         Args:
           records: of the checkpoint.
           mapped: folder of files in which theta is to live; None: in memory.
+          own: `tk.own_slices` of the run that goes on; None: all that this process
+            wrote, or else all that any did.
+        Returns:
+          A store. Its journal is this one where the same processes go on with the same
+          slices; else it has none, and a new journal must be begun.
         Raises:
           ValueError: a base or a record that is missing, cut short or changed, by name.
         """
+        if mapped is not None:
+            mapped = stores.of_process(mapped)
+        if self._here.is_dir() and self._numbers(_BASE):
+            names = stores.read_names(self._base(self._base_for(records)))
+            here = {k: e.own for k, e in names.items() if len(e.own[0]) < e.own[1]}
+            if own is None or _same(here, own):
+                return self._read(records, mapped)
+        parts: list[gather.Part] = []
+        for folder in gather.folders(self.folder) or [self.folder]:
+            other = copy.copy(self)
+            other._here = folder
+            names = stores.read_names(other._base(other._base_for(records)))
+            parts.append((names, functools.partial(other._read, records, None)))
+        return gather.gather(parts, own or {}, mapped)
+
+    def _read(self, records: int, mapped: Folder | None) -> Store:
         base = self._base_for(records)
         if mapped is None:
             store = stores.load(self._base(base))
@@ -96,7 +132,7 @@ class Journal:
         for number in self._numbers(_BASE):
             if number > records:
                 shutil.rmtree(self._base(number))
-        for left in self.folder.glob("*.tmp"):
+        for left in self._here.glob("*.tmp"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.records = records
 
@@ -112,7 +148,7 @@ class Journal:
         try:
             self.wait()
         except (OSError, ValueError) as error:  # the files it would replace are there
-            warnings.warn(f"{self.folder} was not compacted: {error}", stacklevel=2)
+            warnings.warn(f"{self._here} was not compacted: {error}", stacklevel=2)
         records = self.records
         newest = self._base_for(records)
         since = sum(
@@ -153,19 +189,19 @@ class Journal:
 
     def _numbers(self, kind: str) -> list[int]:
         suffix = ".bin" if kind == _RECORD else ""
-        found = [f for f in self.folder.glob(f"{kind}*") if f.suffix == suffix]
+        found = [f for f in self._here.glob(f"{kind}*") if f.suffix == suffix]
         return sorted(int(f.stem.removeprefix(kind)) for f in found)
 
     def _base(self, records: int) -> pathlib.Path:
-        return self.folder / f"{_BASE}{records:0{_DIGITS}}"
+        return self._here / f"{_BASE}{records:0{_DIGITS}}"
 
     def _record(self, number: int) -> pathlib.Path:
-        return self.folder / f"{_RECORD}{number:0{_DIGITS}}.bin"
+        return self._here / f"{_RECORD}{number:0{_DIGITS}}.bin"
 
     def _base_for(self, records: int) -> int:
         fitting = [number for number in self._numbers(_BASE) if number <= records]
         if not fitting:
-            raise ValueError(f"{self.folder} has no base for record {records}")
+            raise ValueError(f"{self._here} has no base for record {records}")
         return max(fitting)
 
     def _drop_before(self, base: int) -> None:
@@ -192,6 +228,13 @@ class Journal:
                 raise ValueError(f"{file} is of another model: it tells of {path!r}")
             flat = whole.reshape(-1, *unit)
             flat[places] = values.view(dtype).reshape(count, *unit)
+
+
+def _same(one: Own, two: Own) -> bool:
+    return one.keys() == two.keys() and all(
+        one[path][1] == two[path][1] and np.array_equal(one[path][0], two[path][0])
+        for path in one
+    )
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, Any], bytes]:

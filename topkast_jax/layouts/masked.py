@@ -1,6 +1,7 @@
 """The masked layout: bool masks over dense arrays. It defines what the others mean."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ from jaxtyping import Array, Bool
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
 from topkast_jax.grid import Grid, portion
 from topkast_jax.pairs import draw as draw_pairs
-from topkast_jax.select import random_k, top_k
+from topkast_jax.select import random_k, top_k, top_k_tree
 
 
-class MaskedLeaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MaskedLeaf:
     """A `Leaf` whose entries are all the positions, and whose sets are bool masks."""
 
     value: Array
@@ -41,9 +43,23 @@ class MaskedLeaf(NamedTuple):
         """Units that compete in one selection."""
         return self.grid.size
 
+    @property
+    def selections(self) -> int:
+        """Selections in one slice."""
+        return self.grid.selections
+
     def top(self, scores: Array, k: Any, among: Array | None = None) -> Array:
         """The `k` units of largest score, among those marked; ties by position."""
         return self._top(scores, k, among, None)
+
+    def quota(self, scores: Array, k: Any, among: Array | None = None) -> Array:
+        """How many of a slice's `k` units of largest score lie in each selection."""
+        grid = self.grid
+        units = grid.scores(scores)
+        allowed = None if among is None else grid.of_entries(among)
+        axes = tuple(a for a in range(units.ndim) if a not in grid.stacked)
+        chosen = top_k(units, k, axes, allowed)
+        return jnp.sum(chosen, axis=grid.roles.within, keepdims=True, dtype=jnp.int32)
 
     def grow(
         self, score: Score, k: Any, outside: Array, among: Array | None = None
@@ -92,7 +108,7 @@ class MaskedLeaf(NamedTuple):
         marks = marks.reshape(grid.array) if grid.plain else jnp.zeros(grid.array, bool)
         return grid.spread(marks.at[places].set(True, mode="drop"))
 
-    def portion(self, share: Any, k: int, up: bool = False) -> Any:
+    def portion(self, share: Any, k: Any, up: bool = False) -> Any:
         """`share * k` as a number of units of a selection; see `grid.portion`."""
         return portion(share, k, self.grid, self.key, up)
 
@@ -109,12 +125,44 @@ class MaskedLeaf(NamedTuple):
         self.grid.require(self.path, mask, most)
         return jnp.asarray(mask)
 
+    def marks(self, entries: Array) -> Array:
+        """A set as a bool array of the parameter's shape."""
+        return entries
+
     def count(self, entries: Array) -> Array:
         """Units of a set: int32, the shape of `grid.array` with 1 for axes within."""
         marks = self.grid.of_entries(entries)
         within = self.grid.roles.within
         return jnp.sum(marks, axis=within, keepdims=True, dtype=jnp.int32)
 
-    def masks(self, forward: Array, backward: Array, shrink: Any = None) -> LeafMasks:
+    def masks(
+        self,
+        forward: Array,
+        backward: Array,
+        shrink: Any = None,
+        fresh: Array | None = None,
+    ) -> LeafMasks:
         """A and B, as the state keeps them."""
-        return LeafMasks(jnp.asarray(forward), jnp.asarray(backward), shrink)
+        return LeafMasks(jnp.asarray(forward), jnp.asarray(backward), shrink, fresh)
+
+
+def top_across(
+    leaves: list[MaskedLeaf], scores: list[Array] | None, k: Any, nested: bool
+) -> list[Array]:
+    """The `k` entries of largest score over several parameters together.
+
+    Args:
+      leaves: the parameters.
+      scores: of their entries; None chooses at random.
+      k: as `tk.top_k_tree` takes it.
+      nested: whether only entries of A may be chosen.
+    Returns:
+      A set for each parameter; one may be empty. Ties go to the first parameter and the
+      lowest position.
+    """
+    among = [leaf.forward for leaf in leaves] if nested else None
+    if scores is None:  # all equal, and ties in random order
+        equal = [jnp.zeros_like(leaf.value, jnp.float32) for leaf in leaves]
+        return list(top_k_tree(equal, k, among, leaves[0].key))
+    dtype = jnp.result_type(*scores)
+    return list(top_k_tree([s.astype(dtype) for s in scores], k, among))

@@ -1,4 +1,4 @@
-"""Drop the smallest weights, grow others: SET and RigL."""
+"""Drop the smallest weights, grow others: SET, RigL and RigL-ITOP."""
 
 from collections.abc import Callable
 from typing import Any
@@ -124,35 +124,127 @@ def rigl(
       Evci et al., "Rigging the Lottery", 2020, arXiv 1911.11134.
     """
 
-    def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
-        return leaf.grow(gradient, n, outside=kept)
-
     base = static(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
-    method = _drop_grow(base, drop_fraction, refresh, grow)
+    method = _drop_grow(base, drop_fraction, refresh, by_gradient)
     return method._replace(name="rigl", probe=True)
+
+
+def rigl_itop(
+    sparsity: float,
+    *,
+    drop_fraction: float | Schedule = 0.5,
+    refresh: Due = every(1000),
+    distribution: Distribution = distribution_lib.uniform,
+    structure: Structure = unstructured,
+    where: Where = kernels,
+    init: Init = "random",
+) -> Method:
+    """RigL-ITOP: RigL, refreshed so seldom that grown weights can grow large.
+
+    Masks are those of `rigl` under the same schedule. What "in-time
+    over-parameterization" adds is a measure, and the advice to raise it: R_s, the share
+    of all entries that were ever in A, from `tk.metrics.exploration_rate`. Many
+    refreshes explore, but a weight must be given time between two of them; so the paper
+    drops more (0.5) and waits longer than RigL, trains with small batches, and refreshes
+    to the end. The memory is a bool array of the parameter's shape, in every layout.
+
+    Args:
+      sparsity: fraction of zeros, in [0, 1).
+      drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
+      refresh: steps at which masks change.
+      distribution: how sparsity is spread over parameters; the paper's is `tk.erk`.
+      structure: which patterns the masks have, as `tk.blocks(8, 128)`.
+      where: which parameters are sparse.
+      init: the first A, "random", "magnitude" or a tree of masks like the parameters.
+    Returns:
+      A `Method`.
+    Raises:
+      ValueError: a number out of range.
+    Example:
+      >>> import optax, topkast_jax as tk
+      >>> tx = tk.sparse(optax.sgd(0.1), tk.rigl_itop(0.75, refresh=tk.every(1)))
+      >>> params = {"kernel": jnp.zeros((4, 4))}
+      >>> state = tx.init(params)
+      >>> float(tk.metrics.exploration_rate(state))
+      0.25
+
+    Reference:
+      Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021,
+      arXiv 2102.02887.
+    """
+    base = rigl(
+        sparsity,
+        drop_fraction=drop_fraction,
+        refresh=refresh,
+        distribution=distribution,
+        structure=structure,
+        where=where,
+        init=init,
+    )
+
+    def first(leaf: Leaf) -> tuple[LeafMasks, Memory]:
+        masks, _ = base.init(leaf)
+        return masks, leaf.marks(masks.forward)
+
+    def refresh_masks(leaf: Leaf, ever: Memory, step: Any) -> tuple[LeafMasks, Memory]:
+        masks, _ = base.refresh(leaf, (), step)
+        return masks, ever | leaf.marks(masks.forward)
+
+    return base._replace(name="rigl_itop", init=first, refresh=refresh_masks)
+
+
+def share_of(fraction: float | Schedule, name: str = "drop_fraction") -> Schedule:
+    """A share of A as a function of the step, in [0, 1].
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    if not callable(fraction) and not 0 <= fraction <= 1:
+        raise ValueError(f"{name}={fraction} must lie in [0, 1]")
+
+    def share(step: Any) -> Any:
+        if callable(fraction):
+            return jnp.clip(jnp.asarray(fraction(step)), 0, 1)
+        return fraction
+
+    return share
 
 
 def _drop_grow(
     base: Method, drop_fraction: float | Schedule, refresh: Due, grow: Grow
 ) -> Method:
     """A method with A = B of constant size that starts from the masks of `base`."""
-    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction={drop_fraction} must lie in [0, 1]")
-
-    def share(step: Any) -> Any:
-        if callable(drop_fraction):
-            return jnp.clip(jnp.asarray(drop_fraction(step)), 0, 1)
-        return drop_fraction
+    share = share_of(drop_fraction)
 
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any
     ) -> tuple[LeafMasks, Memory]:
         k = leaf.counts.forward
-        n = leaf.portion(share(step), k)
-        kept = leaf.top(magnitude(leaf), k - n, among=leaf.forward)
-        chosen = leaf.union(kept, grow(leaf, n, kept))
-        return leaf.masks(chosen, chosen), memory
+        return exchanged(leaf, leaf.forward, k, share(step), grow), memory
 
     return base._replace(refresh=refresh_masks, due=refresh)
+
+
+def exchanged(
+    leaf: Leaf, present: Entries, k: Any, share: Any, grow: Grow
+) -> LeafMasks:
+    """A = B of k units: the largest |theta| among those present, and others grown.
+
+    Args:
+      leaf: the parameter.
+      present: out of which units are kept.
+      k: units of the new A.
+      share: of k that is grown.
+      grow: `(leaf, n, kept) -> entries`, n units outside those kept.
+    """
+    n = leaf.portion(share, k)
+    kept = leaf.top(magnitude(leaf), k - n, among=present)
+    chosen = leaf.union(kept, grow(leaf, n, kept))
+    return leaf.masks(chosen, chosen)
+
+
+def by_gradient(leaf: Leaf, n: Any, kept: Entries) -> Entries:
+    """Growth of RigL: the largest |gradient|."""
+    return leaf.grow(gradient, n, outside=kept)

@@ -55,3 +55,8 @@ def _random(leaf: Leaf, k: int) -> Entries:
 
 def _largest(leaf: Leaf, k: int) -> Entries:
     return leaf.top(magnitude(leaf), k)
+
+
+def everything(leaf: Leaf) -> Entries:
+    """All units."""
+    return leaf.top(magnitude(leaf), leaf.size)

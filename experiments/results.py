@@ -1,0 +1,66 @@
+"""Results of a sweep in one small file, which outlives the folders of its runs.
+
+A line a job, JSON: its name, what it depended on, what it ended with, and the commit and
+devices of the process that wrote it down. So a sweep goes on on another machine.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.jobs import Job
+from experiments.provenance import provenance
+
+FIELDS = ("name", "settings", "result")
+ORIGIN = ("commit", "devices", "cores")
+
+
+def read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Rows by the name of the job; none where there is no file.
+
+    Raises:
+      ValueError: a line that is no row.
+    """
+    if not file.exists():
+        return {}
+    rows = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["name"]] = {key: row[key] for key in (*FIELDS, *ORIGIN)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number} is no result of a job: {error}"
+            ) from error
+    return rows
+
+
+def known(jobs: Sequence[Job], rows: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+    """Jobs that know what the file says of them, where it is of the same settings."""
+    found = []
+    for job in jobs:
+        row = rows.get(job.name)
+        same = row is not None and row["settings"] == job.settings()
+        found.append(job._replace(kept=row["result"] if row and same else None))
+    return found
+
+
+def write(file: pathlib.Path, jobs: Sequence[Job]) -> None:
+    """Adds finished jobs that the file does not have; others keep their lines."""
+    rows = read(file)
+    origin = provenance({})
+    for job in jobs:
+        result = job.result()
+        if result is None or job.kept is not None:
+            continue
+        rows[job.name] = {
+            "name": job.name,
+            "settings": job.settings(),
+            "result": result,
+            **{key: origin[key] for key in ORIGIN},
+        }
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()))
+    os.replace(temporary, file)
