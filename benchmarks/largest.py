@@ -166,17 +166,18 @@ def search(setting: Setting, there: budgets.Room) -> Setting:
     few, more = (bytes_of(layers) for layers in (2, 4))
     each = (more - few) / 2
 
-    def fits(layers: int) -> bool:
+    def share(layers: int) -> float | None:
+        need = budget(of(layers), few + each * (layers - 2))
         try:
-            budgets.require(budget(of(layers), few + each * (layers - 2)), there)
+            budgets.require(need, there)
         except ValueError:
-            return False
-        return True
+            return None
+        return 1.0
 
     most = 1
-    while fits(most):
+    while share(most):
         most *= 2
-    found = fit.largest(most, fits)
+    found = fit.largest(most, share)
     if not found:
         raise ValueError("--search: not even one layer fits; take a smaller --width")
     return of(found)

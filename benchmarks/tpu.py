@@ -75,16 +75,19 @@ def largest(
       ValueError: not even one layer fits.
     """
     fitting: dict[int, Program] = {}
+    base = max(0.0, near.base)
 
-    def fits(layers: int) -> bool:
+    def share(layers: int) -> float | None:
         found = ahead.refusal(chip, way, layers, devices)
         print(f"  {layers} layers: {found}", file=sys.stderr, flush=True)
-        if isinstance(found, Program):
-            fitting[layers] = found
-        return layers in fitting
+        if not isinstance(found, Program):
+            return None
+        fitting[layers] = found
+        return (found.bytes - base) / (near.room - base)
 
-    above = math.ceil(1.01 * (near.room - near.base) / near.each)
-    layers = fit.largest(above, fits)
+    # Not at the limit itself, where the compiler tries for minutes to save a little.
+    above = math.ceil(1.015 * (near.room - near.base) / near.each)
+    layers = fit.largest(above, share)
     if not layers:
         raise ValueError(f"{chip.title}, {way.title}: not even one layer fits")
     return layers, fitting[layers]
