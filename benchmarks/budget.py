@@ -48,11 +48,13 @@ class Room(NamedTuple):
       device: None where the device has the memory of the host.
       host: free memory.
       files: free space for a mapped theta; None where theta is in memory.
+      held: what this process holds already: Python, JAX, compiled programs.
     """
 
     device: int | None
     host: int
     files: int | None
+    held: int = 0
 
 
 def budget(dense: PyTree, theta: PyTree, opt_state: PyTree, step: int) -> Budget:
@@ -105,7 +107,7 @@ def room(files: str | None) -> Room:
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-    return Room(device, _host(), free)
+    return Room(device, _host(), free, _held())
 
 
 def require(need: Budget, there: Room) -> None:
@@ -140,9 +142,10 @@ def table(need: Budget, there: Room) -> str:
         ("device: in a refresh, at most", need.refresh, there.device),
         ("host: theta", need.theta, there.host if there.files is None else there.files),
         ("host: in a refresh, beside it", need.work, None),
+        ("host: held by the process already", there.held, None),
     ]
     told = [
-        f"  {name:<32}{gib(needed):>9} GiB"
+        f"  {name:<34}{gib(needed):>9} GiB"
         + ("" if found is None else f"   of {gib(found)}")
         for name, needed, found in lines
     ]
@@ -170,3 +173,8 @@ def _host() -> int:
     except OSError:
         return free
     return free if most == "max" else min(free, int(most) - used)
+
+
+def _held() -> int:
+    status = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line[:5] == "VmRSS")

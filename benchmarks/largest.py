@@ -294,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(str(error))
     tx = transformation(setting)
     program = compile_step(setting, tx)
+    there = budgets.room(args.reservoir)  # with the compiled program
     need = budget(setting, planned(program))
     weights = sum(x.size for x in jax.tree.leaves(shapes(setting)))
     forward, backward = (f"{100 * s:g}" for s in setting.sparsities)

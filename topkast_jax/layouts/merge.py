@@ -40,7 +40,8 @@ def merge_groups(theta: PyTree, masks: Masks) -> tuple[PyTree, Masks]:
       >>> bool((tk.sparsify(whole, masks)["kernel"] == tk.export(theta, state)["kernel"]).all())
       True
     """
-    flat, treedef = jax.tree.flatten(theta)
+    flat = jax.tree.leaves(theta)
+    treedef: Any = jax.tree.structure(theta)
     forward = treedef.flatten_up_to(masks.forward)
     for i, index in enumerate(forward):
         if isinstance(index, Index) and _mergeable(index):
