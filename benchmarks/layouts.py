@@ -2,10 +2,13 @@
 
     python -m benchmarks.layouts
     python -m benchmarks.layouts --sizes=mlp-8192 --sparsities=90/80 --repeats=9
+    python -m benchmarks.layouts --dtype=bfloat16 --sizes=mlp-32768
     python -m benchmarks.layouts --quick
 
 A step is loss, gradient, Adam and apply in one jit with donated state; Top-KAST at the
-given forward/backward sparsities. Columns, all but the first ratios to dense:
+given forward/backward sparsities. With `--dtype=bfloat16` products and activations are in
+bfloat16, dense ones too; parameters, gradients of them, and Adam stay float32. Columns,
+all but the first ratios to dense:
 
     FLOPs     analytic, (2 forward + backward) / 3 of the products with weights
     time      of a step without refresh
@@ -26,11 +29,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import topkast_jax as tk
 from benchmarks import timing
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.problems import PROBLEMS, Problem, in_dtype
 
 PyTree = Any
 EVERY = 100
@@ -57,13 +61,25 @@ WAYS = [
 
 
 class Training:
-    """A state that a compiled, donating step replaces."""
+    """A state that a compiled, donating step replaces.
+
+    Args:
+      problem: what is trained.
+      way: layout and structure; None for dense.
+      sparsities: forward, backward.
+      dtype: of products and activations.
+    """
 
     def __init__(
-        self, problem: Problem, way: Way | None, sparsities: tuple[float, float]
+        self,
+        problem: Problem,
+        way: Way | None,
+        sparsities: tuple[float, float],
+        dtype: Any = jnp.float32,
     ) -> None:
         tx: Any = optax.adam(1e-3)
-        params, carry = jax.tree.map(jax.numpy.copy, (problem.params, problem.carry))
+        params = jax.tree.map(jnp.copy, problem.params)
+        carry = in_dtype(jax.tree.map(jnp.copy, problem.carry), dtype)
         self.store: tk.Store | None = None
         if way is None:
             opt_state = tx.init(params)
@@ -86,7 +102,7 @@ class Training:
                     alpha = tk.sparsify(
                         theta, tk.masks(opt_state), expanded=way.layout == "masked"
                     )
-                return problem.loss(alpha, carry)
+                return problem.loss(in_dtype(alpha, dtype), carry)
 
             (loss, carry_), grads = jax.value_and_grad(objective, has_aux=True)(params)
             updates, opt_state_ = tx.update(grads, opt_state, params)
@@ -107,7 +123,7 @@ class Training:
         if self.store is None:  # in the step before one is due
             self.state = (
                 params,
-                opt_state._replace(sparse_step=jax.numpy.int32(EVERY - 1)),
+                opt_state._replace(sparse_step=jnp.int32(EVERY - 1)),
                 carry,
             )
         began = time.perf_counter()
@@ -143,14 +159,18 @@ def fraction(problem: Problem, training: Training) -> float:
 
 
 def report(
-    problem: Problem, sparsities: tuple[float, float], ways: Sequence[Way], repeats: int
+    problem: Problem,
+    sparsities: tuple[float, float],
+    ways: Sequence[Way],
+    repeats: int,
+    dtype: Any = jnp.float32,
 ) -> str:
     """Measures a problem at one pair of sparsities; its title line and table."""
-    dense = Training(problem, None, sparsities)
+    dense = Training(problem, None, sparsities, dtype)
     trainings: dict[str, Training] = {"dense": dense, "dense, again": dense}
     if problem.floor is not None:
-        trainings["floor"] = Training(problem.floor, None, sparsities)
-    trainings |= {way.name: Training(problem, way, sparsities) for way in ways}
+        trainings["floor"] = Training(problem.floor, None, sparsities, dtype)
+    trainings |= {way.name: Training(problem, way, sparsities, dtype) for way in ways}
     contestants = {n: timing.Contestant(t.step) for n, t in trainings.items()}
     contest = timing.in_turns(contestants, repeats)
     second = contest.median("dense")
@@ -170,7 +190,8 @@ def report(
     header = ["/ dense", "FLOPs", "time", "refresh", "resident", "+ scratch", "host"]
     forward, backward = (f"{100 * s:g}" for s in sparsities)
     title = (
-        f"{problem.title}, Top-KAST {forward}/{backward}: dense {1e3 * second:.1f} ms, "
+        f"{problem.title}, {jnp.dtype(dtype).name}, Top-KAST {forward}/{backward}: "
+        f"dense {1e3 * second:.1f} ms, "
         f"{dense.resident / 2**20:.0f} MiB resident, "
         f"{dense.planned / 2**20:.0f} MiB with scratch"
     )
@@ -200,6 +221,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="forward/backward in percent, comma separated",
     )
     parser.add_argument("--ways", default="", help="rows with this in their name")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of products and activations",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 rounds")
     args = parser.parse_args(argv)
@@ -225,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in sizes:
         problem = PROBLEMS[name]()
         for sparsities in pairs.values():
-            print(report(problem, sparsities, ways, repeats), flush=True)
+            found = report(problem, sparsities, ways, repeats, jnp.dtype(args.dtype))
+            print(found, flush=True)
             jax.clear_caches()
     print(timing.hardware())
 

@@ -10,8 +10,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import topkast_jax as tk
-from configs import quickstart
-from experiments import tasks
 
 PyTree = Any
 AXES = {"*/attention/out/kernel": "i i o", "*/attention/*/kernel": "i o o"}
@@ -24,7 +22,8 @@ class Problem(NamedTuple):
       title: of the table.
       params: as Flax names them.
       carry: goes from step to step, not trained.
-      loss: (alpha, carry) -> (loss, carry), on one fixed batch.
+      loss: (alpha, carry) -> (loss, carry), on one fixed batch; products and activations
+        are in the dtype of alpha.
       axes: what the axes of the parameters mean.
       uses: how often each entry of a weight is used in a step, for the FLOPs.
       floor: the same without its projections, which no layout can go below; None where
@@ -47,6 +46,20 @@ def product(weight: Any, x: jax.Array) -> jax.Array:
     return weight.T @ x
 
 
+def in_dtype(tree: PyTree, dtype: Any) -> PyTree:
+    """Floating-point leaves in another dtype; positions and counts stay."""
+
+    def one(x: Any) -> Any:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)
+
+
+def _dtype(alpha: PyTree) -> Any:
+    dtypes = (x.dtype for x in jax.tree.leaves(alpha))
+    return next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+
+
 def mlp(widths: Sequence[int], rows: int) -> Problem:
     """Regression by layers of these widths, input and output included, with ReLU.
 
@@ -61,7 +74,7 @@ def mlp(widths: Sequence[int], rows: int) -> Problem:
         return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
     def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
-        z = x
+        z = x.astype(_dtype(alpha))
         for i, weights in enumerate(alpha):
             z = jax.nn.relu(z) if i else z
             z = product(weights["kernel"], z) + weights["bias"][:, None]
@@ -90,13 +103,13 @@ def stack(layers: int, width: int, inner: int, rows: int, *, scanned: bool) -> P
         return z + product(weights["down"]["kernel"], inside), None
 
     def loss(alpha: PyTree, carry: PyTree) -> tuple[jax.Array, PyTree]:
-        z = x
+        z = x.astype(_dtype(alpha))
         if scanned:
             z, _ = jax.lax.scan(layer, z, alpha)
         else:
             for weights in alpha:
                 z, _ = layer(z, weights)
-        return jnp.mean(z**2), carry
+        return jnp.mean(z.astype(jnp.float32) ** 2), carry
 
     params: PyTree = {"up": {"kernel": up}, "down": {"kernel": down}}
     uses = dict.fromkeys(("up/kernel", "down/kernel"), rows)
@@ -117,6 +130,9 @@ def transformer(
     layers: int, width: int, rows: int, segment: int, heads: int = 2
 ) -> Problem:
     """The quickstart's Transformer-XL at another size, on random bytes."""
+    from configs import quickstart  # needs more packages than the rest does
+    from experiments import tasks
+
     config = quickstart.get_config("method=dense")
     config.batch_size = rows
     config.model.update(
@@ -172,6 +188,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tiny": lambda: mlp((256, 512), rows=8),
     "mlp-4096": lambda: mlp((1024, 4096, 1024), rows=512),
     "mlp-8192": lambda: mlp((2048, 8192, 2048), rows=512),
+    "mlp-32768": lambda: mlp((8192, 32768, 8192), rows=4096),  # for accelerators
     "unrolled": lambda: stack(4, 1024, 4096, rows=256, scanned=False),
     "scanned": lambda: stack(4, 1024, 4096, rows=256, scanned=True),
     "transformer-small": lambda: transformer(layers=4, width=128, rows=16, segment=64),

@@ -3,9 +3,13 @@
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from benchmarks import (
     crossover,
@@ -46,7 +50,55 @@ def test_layouts_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nan" not in out and "Top-KAST 90/80" in out
 
 
-@pytest.mark.parametrize("flags", ["--sizes=huge", "--ways=ring", "--sparsities=90"])
+def test_layouts_prints_a_table_in_bfloat16(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layouts.main(["--quick", "--ways=128x128", "--dtype=bfloat16"])
+    out = capsys.readouterr().out
+    assert ", bfloat16, Top-KAST 90/80" in out and "nan" not in out
+
+
+def test_parameters_and_moments_stay_float32_around_bfloat16_products() -> None:
+    problem = problems.mlp((8, 16), rows=4)
+    training = layouts.Training(problem, None, (0.5, 0.25), jnp.bfloat16)
+    training.step()
+    kinds = {x.dtype for x in jax.tree.leaves(training.state)}
+    assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        lambda: problems.mlp((8, 16), rows=4),
+        lambda: problems.stack(2, 8, 16, rows=4, scanned=True),
+        lambda: problems.transformer(1, 16, rows=2, segment=8),
+    ],
+    ids=["mlp", "stack", "transformer"],
+)
+def test_every_product_is_in_the_dtype_of_alpha(
+    problem: Callable[[], problems.Problem],
+) -> None:
+    made = problem()
+    args = problems.in_dtype((made.params, made.carry), jnp.bfloat16)
+    value, _ = jax.eval_shape(made.loss, *args)
+    assert value.dtype == jnp.float32
+
+    def products(jaxpr: Any) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield from (x.aval.dtype for x in equation.invars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from products(inner)
+
+    gradient = jax.grad(lambda *args: made.loss(*args)[0])
+    assert set(products(jax.make_jaxpr(gradient)(*args).jaxpr)) == {
+        jnp.dtype(jnp.bfloat16)
+    }
+
+
+@pytest.mark.parametrize(
+    "flags", ["--sizes=huge", "--ways=ring", "--sparsities=90", "--dtype=float16"]
+)
 def test_layouts_refuses_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         layouts.main([flags])

@@ -23,6 +23,7 @@ from topkast_jax.forward import dense_masks, export, sparsify
 from topkast_jax.grid import Grid
 from topkast_jax.health import Health, NonFinite, check, health
 from topkast_jax.layouts.journal import Journal
+from topkast_jax.layouts.merge import merge_groups
 from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
@@ -153,6 +154,7 @@ __all__ = [
     "masks",
     "matched_overlap",
     "meprop",
+    "merge_groups",
     "mest",
     "metrics",
     "n_of_m",

@@ -266,6 +266,7 @@ class TransformerXL(nn.Module):
         shared = self._biases() if self.tied_biases else None
 
         x = drop(embed(tokens) * width**0.5)  # [B, T, D]
+        distances = distances.astype(x.dtype)
         layer_inputs = []
         for i in range(self.layers):
             layer_inputs.append(x)

@@ -90,7 +90,7 @@ def language_model(config: Config) -> Task:
         )
         logits, memory = output
         losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["targets"]
+            logits.astype(jnp.float32), batch["targets"]
         )  # [B, T]
         return jnp.sum(losses * batch["weights"]), memory
 
