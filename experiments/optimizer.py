@@ -78,7 +78,7 @@ def sparse(
       ValueError: an unknown method or argument, or a value that the library refuses.
     """
     arguments = dict(config)
-    if arguments["method"] == "dense":
+    if config["method"] == "dense":
         del arguments["method"]
         methods.require_taken("sparse", "dense", arguments, {})
         return optimizer, None

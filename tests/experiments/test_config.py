@@ -206,7 +206,7 @@ BAD = [
     ({"sparse__structure": "n_of_m:3"}, "not a multiple of 3, as N:3 needs"),
     ({"sparse__distribution": {"*/kernal": 0.5}}, "'[*]/kernal' matches no parameter"),
     ({"sparse__axes": (("*/kernel", "x y"),)}, "must be letters out of s, k, i, o"),
-    ({"mesh": "data:4096"}, "needs 4096 devices, but this process has"),
+    ({"mesh": "data:4096"}, "needs 4096 devices, but there are"),
     ({"mesh": "model:1"}, "axis 'model' is none of"),
     ({"mesh": "data:0"}, "must be a positive integer"),
     ({"sharding": ((".*kernel", ()),)}, "no rule covers 'hidden/bias'; add a rule"),
