@@ -50,7 +50,9 @@ METHODS: dict[str, Callable[..., tk.Method]] = {
     ),
     "rigl_itop": lambda **options: tk.rigl_itop(FORWARD, drop_fraction=DROP, **options),
     "snfs": lambda **options: tk.snfs(FORWARD, drop_fraction=DROP, **options),
-    "mest": lambda **options: tk.mest(FORWARD, drop_fraction=DROP, **options),
+    "mest": lambda **options: tk.mest(
+        FORWARD, drop_fraction=DROP, weight=1.0, **options
+    ),
     "srigl": lambda **options: tk.srigl(
         FORWARD, drop_fraction=DROP, gamma_sal=0.7, **options
     ),
