@@ -63,7 +63,7 @@ STATISTICS = {
     [
         ("layer", "uniform", "momentum"),
         ("layer", "grabo", "adam"),
-        ("layer", "all", "momentum"),
+        pytest.param("layer", "all", "momentum", marks=pytest.mark.slow),
         ("global", "uniform", "adam"),
         pytest.param("global", "all", "momentum", marks=pytest.mark.slow),
     ],

@@ -38,8 +38,15 @@ def sizes_in(text: str) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("structure", [tk.blocks(32, 64), tk.fan_in(32, 64)])
-@pytest.mark.parametrize("candidates", ["uniform", "grabo"])
+@pytest.mark.parametrize(
+    ("structure", "candidates"),
+    [
+        (tk.blocks(32, 64), "grabo"),
+        (tk.fan_in(32, 64), "uniform"),
+        pytest.param(tk.blocks(32, 64), "uniform", marks=pytest.mark.slow),
+        pytest.param(tk.fan_in(32, 64), "grabo", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_dense_in_the_block_layout(structure, candidates):
     """Neither in the step, nor in the probe, nor on the way to a refresh."""
     tx = tk.sparse(
