@@ -17,10 +17,10 @@ layers fit. The search begins a little above and takes layers away, 1 % or one a
 until the compiler agrees: its last refusal and that one compilation prove the number.
 Columns:
 
-    4 layers     GiB a chip of a network of that size, by the line through the largest one
-    a layer      MiB a chip, of each further layer
     moved        MiB that the collectives of a step give out on a chip, 4 layers
-    largest      layers x width, its weights if it were dense, and its GiB a chip
+    4 layers     GiB a chip of a network of that size (--equal, which compiles it)
+    largest      layers x width, its weights if it were dense, its GiB a chip, and those
+                 over its layers, in MiB
 """
 
 import argparse
@@ -99,31 +99,35 @@ def report(chips: Sequence[Chip], ways: Sequence[Way], search: bool) -> str:
     for chip in chips:
         devices, dense = aot.devices(chip.topology), 0
         for way in ways:
-            near = line(chip, way, devices)
-            small = near.base + SMALL * near.each
-            found: list[str] = []
+            row = [chip.title, way.title, _moved(chip, way, devices)]
             if search:
+                near = line(chip, way, devices)
                 layers, program = largest(chip, way, near, devices)
-                small = program.bytes - (layers - SMALL) * near.each
                 dense = dense or (program.weights if way.layout is None else 0)
-                found = [
+                row += [
                     f"{layers} x {chip.width}",
                     f"{program.weights / 1e9:.2f}",
                     f"{program.weights / dense:.1f}" if dense else "",
                     _gib(program.bytes),
+                    _mib(program.bytes / layers),
                 ]
-            travel = "-"
-            if chip.devices > 1:
-                traced = ahead.trace_step(chip, way, SMALL, devices)
-                travel = _mib(ahead.moved(traced.jaxpr.jaxpr))
-            rows.append(
-                [chip.title, way.title, _gib(small), _mib(near.each), travel, *found]
-            )
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    header = ["chips", "way", f"{SMALL} layers, GiB", "a layer, MiB", "moved, MiB"]
+            else:
+                row.append(_gib(ahead.compile_step(chip, way, SMALL, devices).bytes))
+            rows.append(row)
+            print(" | ".join(row), file=sys.stderr, flush=True)
+    header = ["chips", "way", "moved, MiB"]
     if search:
-        header += ["largest", "10^9 weights, dense", "/ dense", "GiB"]
+        header += ["largest", "10^9 weights, dense", "/ dense", "GiB", "a layer, MiB"]
+    else:
+        header.append(f"{SMALL} layers, GiB")
     return timing.table(header, rows)
+
+
+def _moved(chip: Chip, way: Way, devices: ahead.Devices) -> str:
+    if chip.devices == 1:
+        return "-"
+    traced = ahead.trace_step(chip, way, SMALL, devices)
+    return _mib(ahead.moved(traced.jaxpr.jaxpr))
 
 
 def _gib(size: float) -> str:
