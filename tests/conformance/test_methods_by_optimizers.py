@@ -82,8 +82,10 @@ OPTIMIZERS: dict[str, Build] = {
     ),
 }
 
-ROWS = [(m, o) for m in tk.METHODS for o in ("momentum", "adamw")]
-COLUMNS = [(m, o) for m in ("top_kast", "rigl") for o in OPTIMIZERS]
+MOST = ("momentum", "adamw", "adafactor", "multi_transform_outside")
+ROWS = [(m, "momentum") for m in tk.METHODS]
+COLUMNS = [("top_kast", o) for o in OPTIMIZERS]
+COLUMNS += [(m, o) for m in ("rigl", "magnitude") for o in MOST]
 DEFAULT = list(dict.fromkeys(ROWS + COLUMNS))
 REST = [(m, o) for m in tk.METHODS for o in OPTIMIZERS if (m, o) not in DEFAULT]
 
