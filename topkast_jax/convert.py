@@ -189,8 +189,8 @@ def _packed(
     indices: dict[int, Index] = {}
     for site in plan_lib.sites(recipe.method, recipe.axes, flat):
         i = site.index
-        masks = (np.asarray(m[i]) for m in (forward_, backward))
-        sets = LeafMasks(*(host.set_of(site.grid, mask) for mask in masks))
+        pair = (np.asarray(m[i]) for m in (forward_, backward))
+        sets = LeafMasks(*(host.set_of(site.grid, mask) for mask in pair))
         share = shares.whole(site.grid)
         numbers = host.numbered(site.grid, sets, len(share.own))
         indices[i] = indexed(numbers, sets, share, recipe)

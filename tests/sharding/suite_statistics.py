@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from setting import draw, jit, report, wait
+from setting import KINDS, draw, jit, report, wait
 
 import topkast_jax as tk
 
 INPUTS, OUTPUTS, ROWS = 24, 16, 32
-TRAVELS = re.compile(r"= (\S+) (?:all-reduce|all-gather|all-to-all)(?:-start)?\(")
+TRAVELS = re.compile(r"= (.+?) (?:all-reduce|all-gather|all-to-all)(?:-start)?\(")
 
 
 def sizes(text: str) -> list[int]:
@@ -31,7 +31,7 @@ def run(full: bool) -> None:
     del full
     model, x = nn.Dense(OUTPUTS), draw(0, ROWS, INPUTS)
     params = model.init(jax.random.key(0), x)["params"]
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), (KINDS["auto"],))
     for candidates, kind in (("grabo", "norms"), ("graest", "sketches")):
         tx = tk.sparse(optax.sgd(0.1), tk.gse(0.5, candidates=candidates))
         state = tx.init(params)

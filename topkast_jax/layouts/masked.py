@@ -106,7 +106,10 @@ class MaskedLeaf:
         # Marks made from the value, so that the set is sharded like it.
         marks = jnp.zeros_like(self.value, bool)
         marks = marks.reshape(grid.array) if grid.plain else jnp.zeros(grid.array, bool)
-        return grid.spread(marks.at[places].set(True, mode="drop"))
+        lies: Any = jax.typeof(marks).sharding
+        explicit = jax.sharding.AxisType.Explicit in lies.mesh.axis_types
+        out = {"out_sharding": lies} if explicit else {}
+        return grid.spread(marks.at[places].set(True, mode="drop", **out))
 
     def portion(self, share: Any, k: Any, up: bool = False) -> Any:
         """`share * k` as a number of units of a selection; see `grid.portion`."""
