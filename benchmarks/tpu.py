@@ -85,7 +85,7 @@ def largest(
         fitting[layers] = found
         return (found.bytes - base) / (near.room - base)
 
-    # Not at the limit itself, where the compiler tries for minutes to save a little.
+    # A refusal is cheap: rather too many.
     above = math.ceil(1.015 * (near.room - near.base) / near.each)
     layers = fit.largest(above, share)
     if not layers:
