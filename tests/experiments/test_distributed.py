@@ -10,6 +10,7 @@ from processes import run_job
 from runs import rows
 
 from experiments import checkpoint, distributed
+from experiments.train import train
 
 HERE = pathlib.Path(__file__).parent
 GROUPS: dict[str, Any] = dict(
@@ -42,8 +43,10 @@ def ended(said: list[str]) -> list[Any]:
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path: pathlib.Path) -> None:
-    run(tmp_path / "one", 1, **GROUPS)
+def test_two_processes_stop_together_and_one_goes_on(
+    tiny: Any, tmp_path: pathlib.Path
+) -> None:
+    train(tiny(**GROUPS | {"mesh": "fsdp:1"}), tmp_path / "one")
     said = run(tmp_path / "two", 2, signal_at=5, **GROUPS)
     assert ended(said) == [[6, signal.SIGTERM]] * 2
     assert "needs: state" in said[0] and "needs" not in said[1]
