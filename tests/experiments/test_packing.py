@@ -103,7 +103,7 @@ def test_statistics_need_a_model_that_can_be_observed(tiny: Any) -> None:
     ("method", "stop", "number"),
     [
         ("top_kast", 6, 8),
-        ("gse", None, 8),
+        pytest.param("gse", None, 8, marks=pytest.mark.slow),
         pytest.param("rigl", None, 4, marks=pytest.mark.slow),
         pytest.param("top_kast", 6, 4, marks=pytest.mark.slow),
         pytest.param("rigl", None, 8, marks=pytest.mark.slow),
