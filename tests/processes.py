@@ -27,7 +27,7 @@ def run_job(
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     package = Path(topkast_jax.__file__).parent.parent
-    paths = [str(package), str(HERE.parent), os.environ.get("PYTHONPATH")]
+    paths = [str(package), str(HERE), os.environ.get("PYTHONPATH")]
     flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

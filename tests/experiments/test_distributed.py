@@ -29,7 +29,7 @@ def run(
 
 
 def assert_same_numbers(one: pathlib.Path, two: pathlib.Path) -> None:
-    """Up to the order in which devices add."""
+    """Of as many devices, up to the order in which they add."""
     assert len(rows(one)) == len(rows(two)) > 0
     for expected, found in zip(rows(one), rows(two), strict=True):
         assert expected.keys() == found.keys()
@@ -42,6 +42,7 @@ def ended(said: list[str]) -> list[Any]:
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(tmp_path: pathlib.Path) -> None:
     run(tmp_path / "one", 1, **GROUPS)
     said = run(tmp_path / "two", 2, signal_at=5, **GROUPS)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import HERE, run_job
+from processes import run_job
 
 import topkast_jax as tk
 
+HERE = Path(__file__).parent
 DEFAULT = ["top_kast/packed", "rigl/block"]
 REST = [
     "set/packed",
@@ -85,7 +86,7 @@ def test_what_a_journal_of_several_lacks_is_named(tmp_path: Path) -> None:
         store.save(folder / f"process-{number:04}-of-0003" / "base-00000000")
     with pytest.raises(ValueError, match="of process 1 is not there"):
         tk.Journal(folder).load(0)
-    again = tk.Store({"kernel": np.ones((1, 4), np.float32)}, own=own)
+    again = tk.Store({"kernel": np.full((1, 4), 2, np.float32)}, own=own)
     again.save(folder / "process-0001-of-0003" / "base-00000000")
     with pytest.raises(
         ValueError, match="nobody wrote slices .*1, 2.* of 3 .*'kernel'"
