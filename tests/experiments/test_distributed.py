@@ -10,7 +10,6 @@ from processes import run_job
 from runs import rows
 
 from experiments import checkpoint, distributed
-from experiments.train import train
 
 HERE = pathlib.Path(__file__).parent
 GROUPS: dict[str, Any] = dict(
@@ -30,7 +29,7 @@ def run(
 
 
 def assert_same_numbers(one: pathlib.Path, two: pathlib.Path) -> None:
-    """Up to the order in which devices add."""
+    """Of as many devices, up to the order in which they add."""
     assert len(rows(one)) == len(rows(two)) > 0
     for expected, found in zip(rows(one), rows(two), strict=True):
         assert expected.keys() == found.keys()
@@ -43,10 +42,9 @@ def ended(said: list[str]) -> list[Any]:
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def test_two_processes_stop_together_and_one_goes_on(
-    tiny: Any, tmp_path: pathlib.Path
-) -> None:
-    train(tiny(**GROUPS | {"mesh": "fsdp:1"}), tmp_path / "one")
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(tmp_path: pathlib.Path) -> None:
+    run(tmp_path / "one", 1, **GROUPS)
     said = run(tmp_path / "two", 2, signal_at=5, **GROUPS)
     assert ended(said) == [[6, signal.SIGTERM]] * 2
     assert "needs: state" in said[0] and "needs" not in said[1]
