@@ -31,7 +31,7 @@ def setting(**changed: Any) -> largest.Setting:
     return found._replace(**changed)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_tiny_network_trains(
     packed: bool, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
@@ -93,6 +93,7 @@ def test_flags_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
         assert flag.partition("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_the_budget_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

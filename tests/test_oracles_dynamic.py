@@ -165,7 +165,17 @@ def numpy_tree(tree):
     return {path: np.asarray(value) for path, value in tree.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("rigl_itop", "deep_r_leaf", "deep_r_strict", "snfs_each_its_own")
+"""Others say nearly the same."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in LONG else [])
+        for case in CASES
+    ],
+)
 def test_fifty_steps(case):
     method, run = CASES[case]
     seen = trained(method)

@@ -80,7 +80,13 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("structure", "shape", "letters"), CELLS)
+@pytest.mark.parametrize(
+    ("structure", "shape", "letters"),
+    [
+        pytest.param(*cell, marks=[pytest.mark.slow] if i % 3 else [])
+        for i, cell in enumerate(CELLS)
+    ],
+)
 def test_every_layout_draws_the_same_units(structure, shape, letters):
     grid = site(structure, shape, letters)
     rng = np.random.default_rng(0)
