@@ -1,7 +1,7 @@
 """Looks into a run: its plan, its masks, the degrees of its neurons.
 
     python -m experiments.inspect --workdir=runs/quickstart
-    python -m experiments.inspect --workdir=runs/quickstart --layer=block_0/feed_forward/up
+    python -m experiments.inspect --workdir=runs/quickstart --layer=block_0/feed_forward/in
     ... --picture=mask.png       draws the mask of the layer, inputs down, outputs across
     ... --masks=masks.npz        writes all masks, for `tk.load_masks` and `sparse.init=`
 
