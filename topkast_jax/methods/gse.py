@@ -21,6 +21,7 @@ from topkast_jax._types import (
 )
 from topkast_jax.distribution import Distribution
 from topkast_jax.grid import ceiling
+from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
 from topkast_jax.schedule import every
@@ -120,18 +121,12 @@ def gse(
             raise ValueError(f"{name}={value!r} is not one of {known}")
     if not 0 < subset < math.inf:
         raise ValueError(f"subset={subset} must be above 0: candidates for each of A")
-    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction={drop_fraction} must lie in [0, 1]")
+    share = share_of(drop_fraction)
     if scope == "global" and (structure.scope != "slice" or structure.parts > 1):
         raise ValueError(
             f'scope="global" compares all units of all parameters, and {structure.name} '
             'keeps the same number in every part; use scope="layer"'
         )
-
-    def share(step: Any) -> Any:
-        if callable(drop_fraction):
-            return jnp.clip(jnp.asarray(drop_fraction(step)), 0, 1)
-        return drop_fraction
 
     def sides(leaf: View) -> tuple[Any, Any]:
         if candidates == "uniform" or leaf.stats is None:
