@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from runs import ROOT
 
-from configs.sweeps import patterns
+import topkast_jax as tk
+from configs.sweeps import methods, patterns
 from experiments import jobs, log, results, sweep
 from experiments.table import table
 
@@ -305,3 +306,13 @@ def test_patterns_is_a_sweep(
     found = jobs.load(patterns.__file__, tmp_path)
     assert len(found) == 3 * (1 + 3 * len(patterns.PATTERNS) - len(patterns.LEFT_OUT))
     assert {each.steps for each in found} == {500}
+
+
+def test_methods_is_a_sweep_of_all_methods(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = jobs.load(methods.__file__, tmp_path)
+    named = {each.labels["method"] for each in found}
+    assert named == {"dense", "small", *tk.METHODS}
+    assert len(found) == 3 * len(named)
