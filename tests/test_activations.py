@@ -490,7 +490,9 @@ def test_nothing_left_out_is_the_dense_model_bit_for_bit(mixed):
     x, params = mixed
 
     def gradients(apply: Any) -> Any:
-        loss = lambda params: jnp.sin(apply({"params": params}, x)).sum()  # noqa: E731
+        def loss(params):
+            return jnp.sin(apply({"params": params}, x)).sum()
+
         return jax.value_and_grad(loss)(params)
 
     dense = gradients(Mixed().apply)
@@ -705,7 +707,10 @@ def test_in_an_nnx_model(change):
     assert hash(graphdef) == hash(nnx.split(changed, nnx.Param)[0])
     params = nnx.to_pure_dict(state)
     if change == "swat":
-        half = lambda a: share(a, 0.5)  # noqa: E731
+
+        def half(a):
+            return share(a, 0.5)
+
         expected = by_hand(params, x, half, half, same)
     else:
         expected = by_hand(

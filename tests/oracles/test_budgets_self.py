@@ -151,7 +151,9 @@ def test_gse_stands_still_after_t_end():
 @pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("method", ["rigl", "static"])
 def test_the_loop_agrees_with_the_other_oracle(method, inner):
-    fraction = lambda step: 0.5 if step < 30 else 0.3  # noqa: E731
+    def fraction(step):
+        return 0.5 if step < 30 else 0.3
+
     other = Oracle(
         START,
         method,
@@ -178,7 +180,9 @@ def test_the_loop_agrees_with_the_other_oracle(method, inner):
 
 
 def test_mest_soft_bound_returns_to_the_target():
-    rate = lambda step: mest.elastic(step, (0.5, 0.25, 0.0), (20, 40))  # noqa: E731
+    def rate(step):
+        return mest.elastic(step, (0.5, 0.25, 0.0), (20, 40))
+
     history = mest.mest_run(
         START,
         FORWARD,

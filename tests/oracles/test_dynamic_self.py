@@ -124,7 +124,10 @@ def test_dsr_moves_entries_and_the_threshold():
         "b": np.array([[3.0, -2], [0.2, 0.1]]),
     }
     forward = {"a": mask_of([0, 1], SMALL), "b": np.ones(SMALL, bool)}
-    draw = lambda path, k, allowed: first(k, allowed)  # noqa: E731
+
+    def draw(path, k, allowed):
+        return first(k, allowed)
+
     for target, h in ((1, 0.3), (3, 0.6), (10, 1.2)):
         # Three are below .6; 1 and 2 survive, so 1 and 2 of the three grow.
         new, found = adaptive.dsr(

@@ -131,7 +131,9 @@ def test_straight_through_moves_all_of_theta():
 
 
 def test_acdc_phases_and_run():
-    phase = lambda t: dense.acdc_phase(t, 2, 2, 1, 8)  # noqa: E731
+    def phase(t):
+        return dense.acdc_phase(t, 2, 2, 1, 8)
+
     assert "".join(phase(t)[0] for t in range(12)) == "ddccdccdcccc"
     history = dense.acdc(
         {"w": np.array([4.0, 3, 2, 1])},
