@@ -29,6 +29,9 @@ from experiments.config import as_json, flatten
 
 FIELDS = frozenset(["name", "config", "overrides", "labels"])
 SETTINGS = "job.json"
+# Rows of the log, and what a result takes of them: FLOPs of training, zeros costing
+# nothing, and the time of a step, both as shares of the dense network's.
+COSTS = (("train", "flops_fraction"), ("dense", "time_ratio"))
 
 
 class Job(NamedTuple):
@@ -70,14 +73,22 @@ class Job(NamedTuple):
         return [label for label in self.labels if label != "seed"]
 
     def result(self) -> dict[str, Any] | None:
-        """The evaluation after the last step; None if the run is not finished."""
+        """The evaluation after the last step, and what the run cost (`COSTS`).
+
+        None if the run is not finished.
+        """
         if self.kept is not None:
             return self.kept
         rows = [row for row in log.read(self.folder) if row["kind"] == "eval"]
         saved = self.folder / "checkpoints" / str(self.steps)  # after the evaluation
         if not rows or rows[-1]["step"] != self.steps or not saved.is_dir():
             return None
-        return {k: v for k, v in rows[-1].items() if k not in ("kind", "step")}
+        costs = {
+            name: row[name]
+            for kind, name in COSTS
+            if (row := log.last(self.folder, kind)) and name in row
+        }
+        return {k: v for k, v in rows[-1].items() if k not in ("kind", "step")} | costs
 
 
 def load(path: str, workdir: pathlib.Path) -> list[Job]:

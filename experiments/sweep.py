@@ -176,7 +176,7 @@ def main(argv: list[str]) -> int:
             jobs = results.known(jobs, results.read(keep))
             results.write(keep, jobs)
         if flags.FLAGS.table:
-            print(table(jobs, flags.FLAGS.metric))
+            print(table(jobs, *flags.FLAGS.metric.split(",")))
             return 0
     if flags.FLAGS.print_commands:
         for job in jobs:
@@ -191,5 +191,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("results", None, "File of results to read and to add to.")
     flags.DEFINE_bool("print_commands", False, "Print the commands, run nothing.")
     flags.DEFINE_bool("table", False, "Print the results so far, run nothing.")
-    flags.DEFINE_string("metric", "bits_per_byte", "Of the table.")
+    flags.DEFINE_string("metric", "bits_per_byte", "Of the table, or several.")
     command.run(main)
