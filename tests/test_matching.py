@@ -62,3 +62,35 @@ def test_chance_is_the_mean_overlap_of_random_masks():
 def test_what_is_no_chain(chain, message):
     with pytest.raises(ValueError, match=message):
         tk.matched_overlap(network(0), network(1), chain)
+
+
+def test_agreement_of_one_network_under_permutations_is_whole():
+    masks = [permuted(network(0), seed) for seed in range(3)]
+    found = tk.mask_agreement(masks, CHAIN)
+    for path in CHAIN:
+        assert found[path].matched == 1
+        assert found[path].plain < 0.5 and found[path].random < 0.5
+
+
+def test_agreement_is_the_mean_over_pairs():
+    one, two = network(0), network(1)
+    found = tk.mask_agreement([one, one, two], CHAIN)["one"]
+    pair = tk.matched_overlap(one, two, CHAIN)["one"]
+    assert found.plain == pytest.approx((1 + 2 * pair.plain) / 3)
+    assert found.matched == pytest.approx((1 + 2 * pair.matched) / 3)
+
+
+def test_random_networks_agree_like_random_networks():
+    draw = np.random.default_rng(3)
+    chain = ["one", "two"]
+    masks = [
+        {"one": draw.random((60, 80)) < 0.2, "two": draw.random((80, 60)) < 0.2}
+        for _ in range(5)
+    ]
+    for found in tk.mask_agreement(masks, chain).values():
+        assert found.matched == pytest.approx(found.random, abs=0.015)
+
+
+def test_one_network_has_nothing_to_agree_with():
+    with pytest.raises(ValueError, match="two networks or more, not 1"):
+        tk.mask_agreement([network(0)], CHAIN)

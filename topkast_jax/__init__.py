@@ -28,7 +28,12 @@ from topkast_jax.layouts.packed import BlockMatrix, Index
 from topkast_jax.layouts.store import Store
 from topkast_jax.layouts.store import load as load_store
 from topkast_jax.mask_files import from_zeros, load_masks, save_masks
-from topkast_jax.matching import Matched, matched_overlap
+from topkast_jax.matching import (
+    Agreement,
+    Matched,
+    mask_agreement,
+    matched_overlap,
+)
 from topkast_jax.methods import (
     ALIASES,
     METHODS,
@@ -93,6 +98,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALIASES",
     "METHODS",
+    "Agreement",
     "Axes",
     "BlockMatrix",
     "Chosen",
@@ -151,6 +157,7 @@ __all__ = [
     "load_masks",
     "load_store",
     "magnitude",
+    "mask_agreement",
     "masks",
     "matched_overlap",
     "meprop",

@@ -4,6 +4,8 @@ Two seeds may find the same network with its hidden units in another order, and 
 plain overlap of their masks is that of chance. Here hidden units are matched first.
 """
 
+import itertools
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,6 +89,65 @@ def matched_overlap(a: PyTree, b: PyTree, chain: Sequence[str]) -> dict[str, Mat
             float(both / (density + against - both)),
         )
     return found
+
+
+class Agreement(NamedTuple):
+    """Overlap of one parameter's masks, means over all pairs of networks.
+
+    Attributes:
+      plain: as the networks stand.
+      matched: after matching hidden units.
+      random: what `matched` is for random masks with as many entries. What is above it
+        was learnt.
+    """
+
+    plain: float
+    matched: float
+    random: float
+
+
+def mask_agreement(
+    masks: Sequence[PyTree], chain: Sequence[str], *, seed: int = 0
+) -> dict[str, Agreement]:
+    """Whether several runs of one method find the same network, up to its neurons; host.
+
+    Compare methods by it: with masks of RigL over some seeds, and of Top-KAST over the
+    same seeds.
+
+    Args:
+      masks: two networks or more, each as `matched_overlap` takes it.
+      chain: paths of layers that follow each other, see `matched_overlap`.
+      seed: of the random masks.
+    Returns:
+      `{path: Agreement}`.
+    Raises:
+      ValueError: fewer than two networks, or as `matched_overlap`.
+    Example:
+      >>> draw = np.random.default_rng(0)
+      >>> one, other = ({"w": draw.random((64, 64)) < 0.1} for _ in range(2))
+      >>> found = mask_agreement([one, one, other], ["w"])["w"]
+      >>> 1 / 3 < found.plain < 0.5  # one pair of three is equal
+      True
+    """
+    if len(masks) < 2:
+        raise ValueError(f"agreement is between two networks or more, not {len(masks)}")
+    draw = np.random.default_rng(seed)
+    named = [_named(tree, chain) for tree in masks]
+    shuffled = [
+        {path: draw.permuted(each[path].ravel()).reshape(each[path].shape) for path in chain}
+        for each in named
+    ]  # fmt: skip
+    found: dict[str, list[tuple[float, float, float]]] = {path: [] for path in chain}
+    for i, j in itertools.combinations(range(len(masks)), 2):
+        learnt = matched_overlap(named[i], named[j], chain)
+        chance = matched_overlap(shuffled[i], shuffled[j], chain)
+        for path, pairs in found.items():
+            each = learnt[path]
+            pairs.append((each.plain, each.matched, chance[path].matched))
+    return {
+        path: Agreement(*map(statistics.fmean, zip(*pairs, strict=True)))
+        for path, pairs in found.items()
+    }
 
 
 def _named(tree: PyTree, chain: Sequence[str]) -> dict[str, np.ndarray]:
