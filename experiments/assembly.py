@@ -16,6 +16,7 @@ from experiments import state as states
 from experiments.checkpoint import Restored
 from experiments.config import Watched
 from experiments.state import State
+from experiments.tasks.shared import shared
 
 
 class Assembly(NamedTuple):
@@ -37,6 +38,8 @@ class Assembly(NamedTuple):
       init_key: of parameters and masks.
       step_key: of what steps draw.
       given: parameters that were trained before; None: random ones.
+      parts: of a batch, for one update.
+      decay: of the moving average of alpha; 0: there is none.
     """
 
     mesh: Mesh
@@ -54,6 +57,8 @@ class Assembly(NamedTuple):
     init_key: jax.Array
     step_key: jax.Array
     given: Any = None
+    parts: int = 1
+    decay: float = 0.0
 
     def plan(self) -> str:
         """What is sparse, as a table; in a packed layout, how layers multiply by it."""
@@ -75,7 +80,7 @@ class Assembly(NamedTuple):
             sizes = packing.sizes(description) if description else None
             found = packing.abstract(self.task, self.tx, self.init_key, sizes)
         else:
-            init = states.initial(self.task, self.tx)
+            init = states.initial(self.task, self.tx, averaged=self.decay > 0)
             found = jax.eval_shape(init, self.init_key)
         return states.placed(found, self.shardings(found))
 
@@ -98,7 +103,7 @@ class Assembly(NamedTuple):
                 self.given,
             )
             return state, packing.keep(store, workdir)
-        init = states.initial(self.task, self.tx)
+        init = states.initial(self.task, self.tx, averaged=self.decay > 0)
         key = meshes.place_key(self.init_key, self.mesh)
         return jax.jit(init, out_shardings=shardings)(key, self.given), None
 
@@ -131,6 +136,8 @@ class Assembly(NamedTuple):
             self.tx,
             sparse=self.method is not None,
             shardings=shardings if self.packed and self.mesh.size > 1 else None,
+            parts=self.parts,
+            decay=self.decay,
         )
         return states.compile_step(run, shardings, state, *arguments)
 
@@ -168,7 +175,8 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
     mesh = meshes.make(cfg.mesh, devices)
     task = tasks.make(cfg)
     rate = optimizer.learning_rate(cfg.learning_rate, cfg.steps)
-    dense_tx = optimizer.inner(cfg.optimizer, rate)
+    keys = jax.random.split(jax.random.key(cfg.seed))
+    dense_tx = optimizer.inner(cfg.optimizer, rate, _penalized(cfg, task, rate))
 
     def transformed(sparse: Mapping[str, Any]) -> Any:
         return optimizer.sparse(sparse, dense_tx, rate, steps=cfg.steps, seed=cfg.seed)
@@ -187,11 +195,12 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         )
     layout = cfg.sparse.get("layout", "masked") if method else "masked"
     packed = layout != "masked"
+    parts, decay = cfg.get("accumulate", 1), cfg.get("ema", 0.0)
+    _require_possible(task, mesh, packed, cfg.batch_size, parts, decay)
     where = cfg.sparse.get("reservoir", "memory") if packed else "memory"
     if where not in ("memory", "files"):
         raise ValueError(f"sparse.reservoir={where!r} must be 'memory' or 'files'")
     delay = cfg.sparse.get("refresh_delay", 0) if method else 0
-    keys = jax.random.split(jax.random.key(cfg.seed))
     given, names = None, cfg.get("init_map", ())
     if cfg.get("init_from"):
         if _starts_at_random(cfg.sparse):
@@ -218,4 +227,47 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
         keys[0],
         keys[1],
         given,
+        parts,
+        decay,
     )
+
+
+def _penalized(cfg: Watched, task: tasks.Task, rate: Any) -> list[str]:
+    """Paths of the parameters that the method of a config penalizes."""
+    if not cfg.sparse.get("penalty", 0):
+        return []
+    tx, _ = optimizer.sparse(
+        cfg.sparse, optax.identity(), rate, steps=cfg.steps, seed=cfg.seed
+    )
+    shapes = jax.eval_shape(task.init, jax.random.key(cfg.seed))[0]
+    return [row.path for row in tk.plan(tx, shapes).rows if row.sparse]
+
+
+def _require_possible(
+    task: tasks.Task, mesh: Mesh, packed: bool, rows: int, parts: int, decay: float
+) -> None:
+    """Raises ValueError where parts of a batch, averages and layout do not go together."""
+    if not isinstance(parts, int) or parts < 1 or rows % (parts * mesh.size):
+        raise ValueError(
+            f"accumulate={parts!r} must be a positive integer, and batch_size={rows} a "
+            f"multiple of it times {mesh.size} devices"
+        )
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema={decay!r} must be in [0, 1); 0 keeps no average")
+    if not packed:
+        return
+    if decay:
+        raise ValueError(
+            f"ema={decay} averages dense arrays; with a packed layout say ema=0"
+        )
+    if mesh.size == 1:
+        return
+    if parts > 1:
+        raise ValueError(
+            f"accumulate={parts} on {mesh.size} devices needs layout=masked"
+        )
+    if shared(jax.eval_shape(task.init, jax.random.key(0))[1]):
+        raise ValueError(
+            f"batch statistics over {mesh.size} devices need layout=masked, since packed "
+            "gradients are made device by device"
+        )

@@ -1,8 +1,9 @@
 """Checkpoints: saved whole, sealed with checksums, restored in parts.
 
-One folder a step, one Orbax item a part: `params`, `masks`, `opt_state`, `carry`, and
-as JSON `data` (the position in the data) and `meta` (config, versions, and whatever the
-loop wants back). Evaluation reads `params` and `masks` only.
+One folder a step, one Orbax item a part: `params`, `masks`, `opt_state`, `carry`, `ema`,
+and as JSON `data` (the position in the data) and `meta` (config, versions, and whatever
+the loop wants back). Evaluation reads `params`, `masks`, `ema`, and `shared`, which is
+the part of `carry` that belongs to no row.
 
 Orbax writes to a temporary folder and renames it, so a save that was killed leaves no
 checkpoint. It does not notice bytes that changed on disk in a finished one, hence the
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 import topkast_jax as tk
 from experiments import distributed, packing, seal
 from experiments.state import State, is_sparse
+from experiments.tasks.shared import shared
 
 PyTree = Any
 T = TypeVar("T")
@@ -46,15 +48,21 @@ class Weights(NamedTuple):
       params: theta.
       masks: A, also in the place of B; None where a parameter is dense.
       meta: of the checkpoint.
+      shared: what the carry shares, see `experiments.tasks.shared`.
+      ema: moving average of alpha; None where the run has none.
     """
 
     params: PyTree
     masks: tk.Masks
     meta: dict[str, Any]
+    shared: list[Any]
+    ema: PyTree = None
 
     @property
     def alpha(self) -> PyTree:
-        """The weights that the network uses."""
+        """The weights to evaluate with: those of the network, or their average."""
+        if self.ema is not None:
+            return self.ema
         if not jax.tree.leaves(self.masks.forward):
             return self.params
         return tk.sparsify(self.params, self.masks, expanded=True)
@@ -140,7 +148,7 @@ class Checkpoints:
             meta = {**meta, "packed": packing.described(state.opt_state)}
             meta["reservoir"] = packing.noted(store)
         masks = _named_masks(state.opt_state)
-        trees = {**state._asdict(), "masks": masks}
+        trees = {**state._asdict(), "masks": masks, "shared": shared(state.carry)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -199,7 +207,8 @@ class Checkpoints:
 
         def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Restored:
             found = _read(path, **arrays, data=ocp.args.JsonRestore())
-            state = State(**{name: found[name][0] for name in State._fields})
+            # What a checkpoint of an older version lacks has no arrays.
+            state = State(**{name: found[name][0] for name in arrays})
             store = None
             if "packed" in meta and reservoir is not None:
                 store = reservoir(meta["reservoir"], state)
@@ -208,21 +217,25 @@ class Checkpoints:
         self.wait()
         return self._newest(targets, read, set_aside=True)
 
-    def weights(self, prepare: Callable[[dict[str, Any]], PyTree]) -> Weights | None:
-        """Parameters and masks of the newest checkpoint that can be read, no more.
+    def weights(
+        self, prepare: Callable[[dict[str, Any]], tuple[PyTree, list[Any]]]
+    ) -> Weights | None:
+        """What evaluation needs of the newest checkpoint that can be read, no more.
 
         Nothing on disk changes, so a run may go on writing meanwhile.
 
         Args:
-          prepare: `meta -> ShapeDtypeStructs` of the parameters, with shardings.
+          prepare: `meta -> ShapeDtypeStructs` of the parameters, and of what the carry
+            shares, with shardings.
         Raises:
           ValueError: as in `restore`.
         """
 
         def targets(meta: dict[str, Any]) -> dict[str, PyTree]:
-            params = prepare(meta)
+            params, common = prepare(meta)
             if "packed" in meta:
-                return _packed_targets(params, meta["packed"])
+                return _packed_targets(params, meta["packed"]) | {"shared": common}
+            ema = params if meta["arrays"].get("ema") else ()
             saved = meta["arrays"]["masks"]
             masks = {
                 name: jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=x.sharding)
@@ -235,11 +248,12 @@ class Checkpoints:
                 if f"shrink/{name}" in saved
             }
             trees = {"forward": masks, "backward": masks, "shrink": shrink}
-            return {"params": params, "masks": trees}
+            return {"params": params, "masks": trees, "shared": common, "ema": ema}
 
         def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Weights:
             found = _read(path, **arrays)
             (params,), (masks,) = found["params"], found["masks"]
+            (common,), (ema,) = found.get("shared", [[]]), found.get("ema", [()])
             if "packed" in meta:
                 masks = {"forward": _indices(masks["forward"], meta["packed"])}
 
@@ -249,7 +263,9 @@ class Checkpoints:
 
             forward, nothing = tree(masks["forward"]), tree({})
             shrink = tree(masks.get("shrink", {}))
-            return Weights(params, tk.Masks(forward, forward, nothing, shrink), meta)
+            of_all = tk.Masks(forward, forward, nothing, shrink)
+            average = ema if jax.tree.leaves(ema) else None
+            return Weights(params, of_all, meta, common, average)
 
         return self._newest(targets, read, set_aside=False)
 
@@ -271,7 +287,9 @@ class Checkpoints:
             wanted = targets(meta)
             _require_same_arrays(path, meta, wanted)
             restore = {
-                name: ocp.args.StandardRestore([tree]) for name, tree in wanted.items()
+                name: ocp.args.StandardRestore([tree])
+                for name, tree in wanted.items()
+                if name in meta["arrays"]
             }
             try:
                 found = read(path, meta, restore)
@@ -367,7 +385,7 @@ def _require_same_arrays(
     Not damage: the checkpoint was written by a program with another model or optimizer.
     """
     for part, tree in wanted.items():
-        saved, asked = meta["arrays"][part], _kinds(tree)
+        saved, asked = meta["arrays"].get(part, {}), _kinds(tree)
         for name in sorted(saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
                 raise ValueError(

@@ -7,10 +7,11 @@ per metric. Exit code 2 with one line on stderr where there is nothing to evalua
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -19,16 +20,18 @@ from experiments import checkpoint, command, log, tasks
 from experiments import mesh as meshes
 from experiments.config import Watched
 from experiments.state import placed
+from experiments.tasks.shared import shared, with_shared
 
 PyTree = Any
-Evaluate = Callable[[PyTree, str], dict[str, float]]
+Evaluate = Callable[..., dict[str, float]]
 
 
 def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evaluate:
-    """`(alpha, split) -> {metric: mean}` over one pass of a split, in order.
+    """`(alpha, split, shared) -> {metric: mean}` over one pass of a split, in order.
 
     Sums and counts are added in double precision, so every target counts once, however
-    ragged the last batch is. The carry starts afresh.
+    ragged the last batch is. The carry starts afresh, but for what is shared, which is
+    that of training (see `experiments.tasks.shared`).
 
     Args:
       task: metrics and data.
@@ -41,7 +44,9 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
         raise ValueError(f"eval_batches={batches} must be at least 1, or None for all")
     metrics = jax.jit(task.metrics, donate_argnums=1)
 
-    def evaluate(alpha: PyTree, split: str) -> dict[str, float]:
+    def evaluate(
+        alpha: PyTree, split: str, common: Sequence[Any] = ()
+    ) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
         carry = None
         for batch in itertools.islice(task.batches(split, seed=0, loop=False), batches):
@@ -49,7 +54,7 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
             if carry is None:
                 carry = task.carry(jax.tree.leaves(batch)[0].shape[0])
                 shardings = meshes.batch_shardings(mesh, carry, "carry")
-                carry = meshes.place(carry, shardings)
+                carry = with_shared(meshes.place(carry, shardings), _copied(common))
             sums, carry = metrics(alpha, carry, placed)
             for name, pair in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
@@ -58,6 +63,11 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
         return {name: float(total / count) for name, (total, count) in totals.items()}
 
     return evaluate
+
+
+def _copied(values: Sequence[Any]) -> Sequence[Any]:
+    """The metrics donate their carry, and training goes on with its own."""
+    return jax.tree.map(jnp.copy, values)
 
 
 class Run(NamedTuple):
@@ -77,14 +87,16 @@ def read(workdir: str) -> Run:
     """
     made: dict[str, Any] = {}
 
-    def prepare(meta: Mapping[str, Any]) -> PyTree:
+    def prepare(meta: Mapping[str, Any]) -> tuple[PyTree, list[Any]]:
         config = Watched(meta["config"])
         task = tasks.make(config)
         mesh = meshes.make(config.mesh)
-        params, _ = jax.eval_shape(task.init, jax.random.key(0))
+        params, carry = jax.eval_shape(task.init, jax.random.key(0))
         shardings = meshes.parameter_shardings(mesh, config.sharding, params)
         made.update(task=task, mesh=mesh, config=config)
-        return placed(params, shardings)
+        common = shared(carry)
+        everywhere = jax.tree.map(lambda _: meshes.replicated(mesh), common)
+        return placed(params, shardings), placed(common, everywhere)
 
     found = checkpoint.Checkpoints(workdir, warn=log.warn).weights(prepare)
     if found is None:
@@ -103,7 +115,8 @@ def from_workdir(workdir: str, split: str) -> tuple[int, dict[str, float]]:
     """
     run = read(workdir)
     evaluate = evaluator(run.task, run.mesh, run.config.eval_batches)
-    return run.weights.meta["step"], evaluate(run.weights.alpha, split)
+    weights = run.weights
+    return weights.meta["step"], evaluate(weights.alpha, split, weights.shared)
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.tasks.shared import is_shared
+
 AXES = ("data", "fsdp")
 PyTree = Any
 Rule = tuple[str, Any]
@@ -106,13 +108,15 @@ def batch_shardings(mesh: Mesh, tree: PyTree, what: str) -> PyTree:
 
     Args:
       mesh: from `make`.
-      tree: arrays or ShapeDtypeStructs; scalars are replicated.
+      tree: arrays or ShapeDtypeStructs; scalars are replicated, and what is `Shared`.
       what: how an error calls the tree.
     Raises:
       ValueError: a leaf whose axis 0 the mesh does not divide.
     """
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
+    def one(path: Any, leaf: Any) -> Any:
+        if is_shared(leaf):
+            return jax.tree.map(lambda _: replicated(mesh), leaf)
         if not leaf.shape:
             return replicated(mesh)
         if leaf.shape[0] % mesh.size:
@@ -125,7 +129,7 @@ def batch_shardings(mesh: Mesh, tree: PyTree, what: str) -> PyTree:
             )
         return NamedSharding(mesh, P(AXES))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_shared)
 
 
 def parameter_shardings(

@@ -100,7 +100,7 @@ class Refresh:
         )
         self._chosen = None
         churn = tk.metrics.churn(before, tk.masks(opt_state))
-        return State(theta, opt_state, state.carry), float(churn)
+        return state._replace(params=theta, opt_state=opt_state), float(churn)
 
 
 def lands(method: tk.Method | None, delay: int, made: int) -> int | None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import topkast_jax as tk
 from experiments import devices
 from experiments import mesh as meshes
+from experiments.accumulate import in_parts
 from experiments.tasks import Task
 
 PyTree = Any
@@ -23,11 +24,13 @@ class State(NamedTuple):
       params: theta, the reservoir included.
       opt_state: of the transformation, masks included where it is sparse.
       carry: what the task hands on from batch to batch; rows are axis 0.
+      ema: moving average of alpha, dense arrays; () where the config wants none.
     """
 
     params: PyTree
     opt_state: PyTree
     carry: PyTree
+    ema: PyTree = ()
 
 
 Measures = dict[str, jax.Array]
@@ -59,16 +62,21 @@ def alpha(
     return tk.sparsify(params, tk.masks(opt_state), expanded=not by_unit)
 
 
-def initial(task: Task, tx: optax.GradientTransformation) -> Callable[..., State]:
+def initial(
+    task: Task, tx: optax.GradientTransformation, *, averaged: bool = False
+) -> Callable[..., State]:
     """`(key, given=None) -> State` of step 0, to run under jit with its shardings.
 
-    `given` are parameters in place of random ones.
+    `given` are parameters in place of random ones; `averaged` adds a moving average of
+    alpha, which begins as alpha.
     """
 
     def init(key: jax.Array, given: PyTree = None) -> State:
         params, carry = task.init(key)
         params = params if given is None else given
-        return State(params, tx.init(params), carry)
+        opt_state = tx.init(params)
+        ema = alpha(params, opt_state, is_sparse(opt_state)) if averaged else ()
+        return State(params, opt_state, carry, ema)
 
     return init
 
@@ -76,8 +84,8 @@ def initial(task: Task, tx: optax.GradientTransformation) -> Callable[..., State
 def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> State:
     """Sharding of every array of a state.
 
-    Parameters by the rules, the optimizer state like the parameters it belongs to, the
-    carry by its rows, everything else on every device.
+    Parameters by the rules, the optimizer state like the parameters it belongs to, their
+    average like them, the carry by its rows, everything else on every device.
 
     Args:
       mesh: from `mesh.make`.
@@ -93,9 +101,9 @@ def shardings(mesh: Mesh, rules: Iterable[meshes.Rule], abstract: State) -> Stat
     opt_state = tk.state_shardings(
         abstract.opt_state, abstract.params, params, everywhere
     )
-    return State(
-        params, opt_state, meshes.batch_shardings(mesh, abstract.carry, "carry")
-    )
+    carry = meshes.batch_shardings(mesh, abstract.carry, "carry")
+    ema = params if jax.tree.leaves(abstract.ema) else ()
+    return State(params, opt_state, carry, ema)
 
 
 def dense_shardings(
@@ -141,6 +149,8 @@ def step(
     *,
     sparse: bool,
     shardings: State | None = None,
+    parts: int = 1,
+    decay: float = 0.0,
 ) -> StepFn:
     """`(state, batch, key, step) -> (state, measures)`, pure.
 
@@ -154,6 +164,9 @@ def step(
       sparse: whether `tx` holds a `tk.sparse`.
       shardings: of a packed state; its gradients are then made device by device, and
         travel as they are stored.
+      parts: into how many the batch is cut, one after the other, for one update
+        (gradient accumulation).
+      decay: of the moving average of alpha, where the state has one.
     Returns:
       The step. `key` is the run's, `step` an int32 scalar; both are folded together.
       Measures are scalars, but for `bad`: int32, entries that are NaN or Inf in the
@@ -164,27 +177,40 @@ def step(
     def run(
         state: State, batch: Mapping[str, jax.Array], key: jax.Array, step: Any
     ) -> tuple[State, Measures]:
-        def objective(theta: PyTree, zeros: PyTree) -> Any:
-            weights = alpha(theta, state.opt_state, sparse, task.by_unit)
-            if sparse:
-                weights = tk.tap(weights, zeros, here)
-            return task.loss(weights, state.carry, batch, here)
+        def gradient(carry: PyTree, batch: Any, here: jax.Array, share: Any) -> Any:
+            def objective(theta: PyTree, zeros: PyTree) -> Any:
+                weights = alpha(theta, state.opt_state, sparse, task.by_unit)
+                if sparse:
+                    weights = tk.tap(weights, zeros, here)
+                loss, rest = task.loss(weights, carry, batch, here)
+                return loss * share, rest
+
+            both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+            return both(state.params, zeros)
 
         here = jax.random.fold_in(key, step)
         zeros = tk.taps(tx, state.params, state.opt_state) if sparse else None
         if shardings is not None:
             (loss, (carry, aux)), (grads, stats) = devices.gradient(
-                task, shardings.params, *state, batch, here, zeros
+                task, shardings.params, *state[:3], batch, here, zeros
+            )
+        elif parts > 1:
+            (loss, (carry, aux)), (grads, stats) = in_parts(
+                gradient, parts, task.count, state.carry, batch, here
             )
         else:
-            both = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-            (loss, (carry, aux)), (grads, stats) = both(state.params, zeros)
+            (loss, (carry, aux)), (grads, stats) = gradient(state.carry, batch, here, 1)
         more = {"stats": stats} if sparse else {}
         bad = _nonfinite([loss, *jax.tree.leaves(grads)])
 
         def update() -> State:
             updates, opt_state = tx.update(grads, state.opt_state, state.params, **more)
-            return State(optax.apply_updates(state.params, updates), opt_state, carry)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if jax.tree.leaves(ema):
+                used = tk.export(params, opt_state) if sparse else params
+                ema = optax.incremental_update(used, ema, 1 - decay)
+            return State(params, opt_state, carry, ema)
 
         # A branch, not a select: that would hold a second copy of the state.
         after = jax.lax.cond(jnp.sum(bad) == 0, update, lambda: state)

@@ -44,6 +44,7 @@ from experiments.position import (
 )
 from experiments.provenance import provenance, require_same_config
 from experiments.refresh import Refresh, lands
+from experiments.tasks.shared import shared
 
 AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
             "dense_steps": 0}  # fmt: skip
@@ -275,7 +276,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     _require_sound(state, at.step)
                     weights = tk.export(state.params, state.opt_state)
                     out.write("layers", at.step, layers(masks))
-                metrics = evaluation(weights, "validation")
+                weights = state.ema if run.decay else weights
+                metrics = evaluation(weights, "validation", shared(state.carry))
                 out.write("eval", at.step, metrics)
                 out.say(f"step {at.step}: held-out {words(metrics)}")
             interrupts.agree()

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 from experiments.tasks.language import language_model
+from experiments.tasks.shared import Shared
 from experiments.tasks.task import Config, Task
 
-__all__ = ["TASKS", "Task", "language_model", "make"]
+__all__ = ["TASKS", "Shared", "Task", "language_model", "make"]
 
 TASKS: dict[str, Callable[[Config], Task]] = {
     "language_model": language_model,

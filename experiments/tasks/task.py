@@ -18,7 +18,7 @@ class Task(NamedTuple):
     """A model, its objective and its data.
 
     Every leaf of a carry and of a batch has the rows of the global batch as axis 0, so
-    that one rule shards them all. Weights are handed in as `alpha`: the task does not
+    that one rule shards them all; but for what stands in a `Shared`. Weights are handed in as `alpha`: the task does not
     know whether they are sparse.
 
     Attributes:

@@ -86,6 +86,7 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
             steps=12,
             task="tiny",
             scale=0.3,
+            batch_size=ROWS,
             optimizer=dict(name="adamw", clip=1.0),
             learning_rate=dict(peak=1e-2, warmup=2, end=1e-3),
             sparse=dict(

@@ -82,7 +82,7 @@ def test_an_empty_carry_and_a_dense_run(tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {}, {})
         assert_same(checkpoints.restore(lambda meta: abstract(state)).state, state)
-        weights = checkpoints.weights(lambda meta: abstract(params))
+        weights = checkpoints.weights(lambda meta: (abstract(params), []))
     assert jax.tree.leaves(weights.masks.forward) == []
     assert_same(weights.params, params)
 
@@ -93,7 +93,9 @@ def test_weights_without_the_optimizer(saved: pathlib.Path) -> None:
         folder = saved / "checkpoints" / str(step)
         shutil.rmtree(folder / "opt_state")
         (folder / "sha256.json").unlink()
-    found = Checkpoints(saved).weights(lambda meta: abstract(make_state(0).params))
+    found = Checkpoints(saved).weights(
+        lambda meta: (abstract(make_state(0).params), [])
+    )
     state = make_state(20)
     assert found is not None
     assert_same(found.params, state.params)
@@ -138,7 +140,7 @@ def test_reading_weights_moves_nothing(saved: pathlib.Path) -> None:
     flip(largest(saved / "checkpoints" / "20" / "params"))
     said: list[str] = []
     reader = Checkpoints(saved, warn=said.append)
-    found = reader.weights(lambda meta: abstract(make_state(0).params))
+    found = reader.weights(lambda meta: (abstract(make_state(0).params), []))
     assert found is not None and found.meta["step"] == 10
     assert any("falling back from checkpoint 20 to 10" in line for line in said)
     assert reader.steps() == [10, 20]
