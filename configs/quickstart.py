@@ -234,6 +234,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         (r".*", ()),
     )
 
+    config.compilation_cache = placeholder(str)  # folder of compiled programs
+    config.profile = placeholder(str)  # steps, as in 20:25, to workdir/profile
     config.log_every = 2 if smoke else 25
     # Not a multiple of refresh: entries that just came into A are untrained, so for
     # some steps after a refresh the held-out loss is that of a network in repair.

@@ -152,13 +152,12 @@ def words(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
-def line(
-    row: Mapping[str, float], names: Sequence[str], step_time: float, steps_left: int
-) -> str:
+def line(row: Mapping[str, float], names: Sequence[str], steps_left: int) -> str:
     """A row as the terminal shows it: some of its numbers, step time, time left.
 
     The time left counts steps only, neither evaluations nor saving.
     """
     shown = {name: row[name] for name in names if name in row}
-    left = log.duration(step_time * steps_left)
-    return f"{words(shown)}  {1000 * step_time:.0f} ms/step  ETA {left}"
+    seconds = row["step_time"]
+    left = log.duration(seconds * steps_left)
+    return f"{words(shown)}  {1000 * seconds:.0f} ms/step  ETA {left}"

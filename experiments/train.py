@@ -12,6 +12,7 @@ training had to stop (NaN, a gradient that reached dead weights); 130 and 143 sa
 after Ctrl-C and SIGTERM.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -25,7 +26,16 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import topkast_jax as tk
-from experiments import command, compare, distributed, evaluate, log, packing, plot
+from experiments import (
+    command,
+    compare,
+    distributed,
+    evaluate,
+    log,
+    packing,
+    plot,
+    speed,
+)
 from experiments import mesh as meshes
 from experiments import state as states
 from experiments.assembly import assemble
@@ -45,13 +55,14 @@ from experiments.position import (
 from experiments.provenance import provenance, require_same_config
 from experiments.refresh import Refresh, lands
 from experiments.tasks.shared import shared
+from experiments.tracing import Trace
 
 AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
             "dense_steps": 0}  # fmt: skip
 ON_NAN = ("stop", "skip", "restore")
 MOST_SKIPS = 20  # in a row, with on_nan="skip"
 MOST_RESTORES = 3  # without a new checkpoint, with on_nan="restore"
-SHOWN = ("loss", "bits_per_byte", "sparsity", "churn")
+SHOWN = ("loss", "bits_per_byte", "sparsity", "churn", "rows_per_second", "mfu")
 ADVICE = (
     "Nothing was saved since; to go on without such batches, say "
     "--config.on_nan=skip or --config.on_nan=restore"
@@ -92,11 +103,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     with command.checking():
         cfg = Watched(config)
         require(cfg, AT_LEAST, {"on_nan": ON_NAN})
+        if cfg.get("compilation_cache"):
+            jax.config.update("jax_compilation_cache_dir", cfg.compilation_cache)
         run = assemble(cfg)
+        trace = Trace(cfg.get("profile"), workdir / "profile")
         mesh, task, method = run.mesh, run.task, run.method
         abstract = run.abstract()  # what does not fit together is said now
         data = iter(task.batches("train", seed=cfg.seed, loop=True))
         data_start, batch = data.get_state(), next(data)
+        rows = len(jax.tree.leaves(batch)[0])
         batch_shardings = meshes.batch_shardings(mesh, batch, "batch")
         evaluation = evaluate.evaluator(task, mesh, cfg.eval_batches)
         checkpoints = Checkpoints(workdir, cfg.keep, warn=log.warn)
@@ -140,6 +155,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
     with (
         Interrupts() as interrupts,
+        contextlib.closing(trace),
         checkpoints,
         log.Log(told, step=at.step if restored else None, steps=cfg.steps) as out,
     ):
@@ -169,7 +185,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         metrics = log.last(workdir, "eval") or {}
         passed_over: set[int] = set()  # batches, after a restore
         churn: dict[str, float] = {}  # of the last refresh
-        skips, restores, seconds, timed = 0, 0, 0.0, 0
+        skips, restores, seconds, timed, paid = 0, 0, 0.0, 0, 0.0
         owed = False  # a checkpoint
 
         def landing() -> int | None:
@@ -184,6 +200,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             pause = min(at.step - at.step % every + every for every in intervals)
             if owed or interrupts.signal is not None:
                 pause = max(at.step + 1, min(pause, landing() or pause))
+            pause = trace.pause(at.step, pause)
+            trace.at(at.step)
             pending: list[tuple[int, states.Measures]] = []  # (batch, what it gave)
             began = time.perf_counter()
             while at.step < min(pause, cfg.steps):
@@ -263,13 +281,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             drawn = cfg.sparse.get("subset", 1.0) if draws else None
             spent, dense = flops(state.params, masks, task.uses, probed, apart, drawn)
             at.flops, at.dense_flops = at.flops + spent, at.dense_flops + dense
+            paid += spent
             if log_now:
                 row = train_row(at, masks, later(refreshed, run.delay), run.rate)
-                out.write("train", at.step, row | {"step_time": seconds / timed})
+                fast = speed.measured(rows, timed, seconds, paid, mesh)
+                out.write("train", at.step, row | fast)
                 churn = {"churn": row["churn"]} if "churn" in row else churn
-                text = line(churn | row, SHOWN, seconds / timed, cfg.steps - at.step)
+                text = line(churn | row | fast, SHOWN, cfg.steps - at.step)
                 out.progress(at.step, text)
-                at.window, seconds, timed = [], 0.0, 0
+                at.window, seconds, timed, paid = [], 0.0, 0, 0.0
             if eval_now:
                 weights = state.params
                 if masks is not None:

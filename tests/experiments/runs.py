@@ -18,7 +18,11 @@ from experiments import log, tasks
 from experiments.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMES = ("step_time",)  # all that may differ between two runs of one config
+TIMES = (
+    "step_time",
+    "rows_per_second",
+    "mfu",
+)  # all that may differ between two runs of one config
 
 
 def rows(workdir: pathlib.Path, kind: str | None = None) -> list[dict[str, Any]]:
