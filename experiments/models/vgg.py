@@ -54,7 +54,7 @@ class VGG(nn.Module):
         if min(images.shape[1:3]) < 2 ** len(STAGES):
             raise ValueError(
                 f"images are {images.shape[1]}x{images.shape[2]}; VGG halves them "
-                f"{len(STAGES)} times, so they must be at least {2 ** len(STAGES)} wide"
+                f"{len(STAGES)} times, so both must be at least {2 ** len(STAGES)}"
             )
         x = images
         for i, (multiple, layers) in enumerate(STAGES):
