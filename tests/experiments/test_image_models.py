@@ -218,6 +218,17 @@ def test_sparse_weights_go_in_unchanged_models(name):
     jax.tree.map(close, units, expected)
 
 
+def test_convolutions_start_as_he_et_al_have_it():
+    model = CifarResNet(depth=8, width=32)
+    init = jax.jit(functools.partial(model.init, train=False))
+    params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    kernels = {p: x for p, x in flatten_dict(params, sep="/").items() if x.ndim == 4}
+    assert len(kernels) == 7
+    for path, kernel in kernels.items():
+        expected = np.sqrt(2 / (9 * kernel.shape[-1]))  # by what goes out
+        assert abs(kernel.std() / expected - 1) < 4 / np.sqrt(kernel.size), path
+
+
 def test_zero_init_begins_with_the_shortcut():
     conv = functools.partial(nn.Conv, use_bias=False)
     norm = functools.partial(nn.BatchNorm, use_running_average=False)
