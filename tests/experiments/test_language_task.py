@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -14,7 +13,6 @@ from flax.traverse_util import flatten_dict
 
 from experiments import tasks
 from experiments.data import tiny_shakespeare
-from experiments.tasks.uses import count_uses
 
 B, T, M, D, H, E, INNER, L = 2, 8, 6, 16, 2, 8, 24, 2
 
@@ -125,12 +123,6 @@ def test_uses_are_positions_times_rows(tied):
     assert task.uses == expected
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     assert set(task.uses) <= set(flatten_dict(params, sep="/"))
-
-
-def test_uses_refuse_layers_they_cannot_count():
-    model = nn.Sequential([nn.Dense(3), nn.Conv(2, (1,))])
-    with pytest.raises(NotImplementedError, match="layers_1/kernel: "):
-        count_uses(model, jax.ShapeDtypeStruct((1, 4, 5), jnp.float32))
 
 
 def test_batches_are_the_text(task, data_dir):

@@ -104,6 +104,60 @@ def test_attention_is_the_papers(slots, length, clamp):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def model_by_loops(params, ids, memories, clamp, tied):
+    """Sections 3.2 and 3.3 in NumPy: a segment, with what came before of each layer.
+
+    Args:
+      params: of a model with post-norm and a tied softmax.
+      ids: [B, T].
+      memories: for each layer the inputs at all earlier positions that it may see,
+        [B, M, D], any M.
+    Returns:
+      Logits [B, T, V], and the inputs of each layer [B, T, D].
+    """
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    table = params["embed"]["embedding"]
+    x = table[np.asarray(ids)] * np.sqrt(table.shape[1])
+    inputs = []
+    for i, memory in enumerate(memories):
+        block, suffix = params[f"block_{i}"], "" if tied else f"_{i}"
+        u, v = (params[f"{name}_bias{suffix}"] for name in ("content", "position"))
+        inputs.append(x)
+        lengths = [memory.shape[1]] * len(x)
+        attended = attention_by_loops(
+            block["attention"], x, memory, lengths, clamp, u, v
+        )
+
+        def norm(name, y, block=block):
+            centred = y - y.mean(-1, keepdims=True)
+            scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+            return scaled * block[name]["scale"] + block[name]["bias"]
+
+        x = norm("attention_norm", x + attended)
+        feed = block["feed_forward"]
+        inner = np.maximum(x @ feed["in"]["kernel"] + feed["in"]["bias"], 0)
+        fed = inner @ feed["out"]["kernel"] + feed["out"]["bias"]
+        x = norm("feed_forward_norm", x + fed)
+    return x @ table.T + params["head_bias"], inputs
+
+
+@pytest.mark.parametrize(("tied", "clamp"), [(True, None), (False, 4)])
+def test_model_is_the_papers(tied, clamp):
+    # Three segments of 3 with 4 slots: at the third, the oldest have been forgotten.
+    model = build(tied_biases=tied, clamp=clamp, memory=4)
+    params, ids, memory = start(model, tokens=9)
+    past = [np.zeros((2, 0, 12))] * 2
+    for t in (0, 3, 6):
+        segment = ids[:, t : t + 3]
+        expected, inputs = model_by_loops(params, segment, past, clamp, tied)
+        logits, memory = run(model, params, segment, memory)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+        past = [
+            np.concatenate([p, x], axis=1)[:, -4:]
+            for p, x in zip(past, inputs, strict=True)
+        ]
+
+
 def test_block_normalises_after_or_before():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 4, 12)).astype(np.float32)
