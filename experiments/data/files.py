@@ -12,9 +12,9 @@ SLOW = 1 << 30  # bytes from which on hashing takes seconds
 
 
 class Known(NamedTuple):
-    """What is published of a file: its size in bytes and a digest of its content."""
+    """What is published of a file: size in bytes (None: not) and digest of its content."""
 
-    size: int
+    size: int | None
     digest: str
     algorithm: str = "sha256"
 
@@ -29,7 +29,7 @@ def check(path: pathlib.Path, known: Known) -> None:
       ValueError: it is cut off, too long, or has other content.
     """
     found = path.stat().st_size
-    if found != known.size:
+    if known.size is not None and found != known.size:
         kind = "it is cut off" if found < known.size else "it is another file"
         raise ValueError(
             f"{path} has {found:,} bytes, expected {known.size:,}: {kind}; get it again"

@@ -31,7 +31,7 @@ from experiments.data import builders, files
 URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
 ARCHIVE = "wikitext-103-v1.zip"
 ZIPPED = files.Known(
-    190_229_076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"
+    None, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"
 )
 EOS = "<eos>"  # id 0; no word of the text
 NAMES = {  # in the archive, and in a folder of the user
@@ -42,10 +42,10 @@ NAMES = {  # in the archive, and in a folder of the user
 # Of the training text only counts are published, and they are checked.
 KNOWN = {
     "validation": files.Known(
-        1_142_309, "2c98af441383a720975555ad7d9672103fd3af7a2d3f0227e8ce9e1ce6ceae17"
+        1_142_309, "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b"
     ),
     "test": files.Known(
-        1_281_077, "bbfcda0615fdb34dc92c9ab601bac5bec7cf17230d5df56f9ebbb3863eebbe78"
+        1_281_077, "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9"
     ),
 }
 
