@@ -177,7 +177,7 @@ def prepare(
       OSError: it cannot be downloaded, or the data cannot be written.
     """
     opened = _open(dataset, data_dir)
-    if not opened.is_prepared():
+    if not builders.is_prepared(opened):
         if manual_dir is not None:
             find(dataset, manual_dir)
         elif dataset != "enwik8":

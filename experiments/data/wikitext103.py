@@ -256,7 +256,7 @@ def prepare(
       ValueError: a file is missing, cut off, or another one.
       OSError: it cannot be downloaded, or the data cannot be written.
     """
-    if not _open(dataset, data_dir).is_prepared() and manual_dir is not None:
+    if manual_dir is not None and not builders.is_prepared(_open(dataset, data_dir)):
         find(dataset, manual_dir)
     how = functools.partial(_open, dataset, data_dir, manual_dir)
     return builders.write(how, quiet=quiet)
@@ -285,7 +285,7 @@ def vocabulary(
 ) -> Sequence[str]:
     """The words by id, as `load` numbers them; ValueError where it was not prepared."""
     builder = _open(dataset, data_dir)
-    builders.source(builder, "test", dataset)
+    builders.require_prepared(builder, dataset)
     return builder.info.metadata["words"]
 
 
