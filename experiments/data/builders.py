@@ -1,6 +1,7 @@
 """What all TFDS builders here share: writing once, reading without TensorFlow."""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,6 +104,16 @@ def require_prepared(builder: tfds.core.DatasetBuilder, dataset: str) -> None:
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
     """Whether the data is on disk, whole: a folder gets its name when it is."""
     return (builder.data_path / "dataset_info.json").exists()
+
+
+def require_tensorflow(dataset: str) -> None:
+    """Raises ValueError where TFDS could not encode images."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ValueError(
+            f"TFDS needs TensorFlow to prepare {dataset}, and nothing else needs it: "
+            "pip install -e '.[experiments,prepare]', in an environment of its own if "
+            "you like"
+        )
 
 
 def _command(dataset: str) -> str:

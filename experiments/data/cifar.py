@@ -7,8 +7,15 @@ supplement, for augmentation and statistics.
 Images are decoded once and stay in memory, 240 MB; batches are cut out of them.
 """
 
+import contextlib
 import functools
+import hashlib
 import io
+import pathlib
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -17,13 +24,23 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8, UInt64
 
-from experiments.data import builders, images
+from experiments.data import builders, files, images
 from experiments.data.shard import WHOLE, Shard
 
 SIZE, PAD = 32, 4
 STATISTICS = {
     "cifar10": images.Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": images.Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+# MD5 of what the archive of CIFAR-10 holds: it may have been packed anew. Of CIFAR-100
+# only the archive's own SHA-256 is published, by TFDS.
+MEMBERS = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
 
 
@@ -139,6 +156,82 @@ def ids(
     """Names of the first stored images, as TFDS numbers those of the archive."""
     source = builders.source(_opened(dataset, data_dir), split, dataset)
     return [source[number]["id"].decode() for number in range(count)]
+
+
+def prepare(
+    dataset: str, data_dir: str | None = None, manual_dir: str | None = None
+) -> tfds.core.DatasetBuilder:
+    """The builder with its data on disk, written now unless it was there.
+
+    Args:
+      dataset: "cifar10" or "cifar100".
+      data_dir: where TFDS keeps its data; None means `$TFDS_DATA_DIR`, or
+        `~/tensorflow_datasets`.
+      manual_dir: folder with `cifar-10-binary.tar.gz` or `cifar-100-binary.tar.gz`;
+        None: downloaded.
+    Raises:
+      ValueError: TensorFlow is not installed, or the archive is missing, cut off, or
+        another one.
+      OSError: it cannot be downloaded, or the data cannot be written.
+    """
+    opened = functools.partial(_opened, dataset, data_dir)
+    builder = opened()
+    if builders.is_prepared(builder):
+        return builder
+    if manual_dir is None:
+        builders.require_tensorflow(dataset)
+        return builders.write(opened)
+    ((url, known),) = builder.url_infos.items()
+    path = files.first_of(manual_dir, (known.filename,), f"{known.filename} from {url}")
+    builders.require_tensorflow(dataset)
+    check(path, dataset, files.Known(int(known.size), known.checksum))
+    root = builder.data_path.parents[1]
+    root.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="extracted.", dir=root) as scratch,
+        _accepted(type(builder), url, path),
+    ):
+        how = tfds.download.DownloadConfig(manual_dir=path.parent)
+        return builders.write(opened, download_config=how, download_dir=scratch)
+
+
+def check(path: pathlib.Path, dataset: str, known: files.Known) -> None:
+    """Returns where an archive is the published one, or holds the same files.
+
+    Raises:
+      ValueError: it is cut off, or another one.
+    """
+    if dataset != "cifar10":
+        files.check(path, known)
+        return
+    whole = path.stat().st_size == known.size
+    if whole and files.digest(path, known.algorithm) == known.digest:
+        return
+    left = dict(MEMBERS)
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = pathlib.PurePath(member.name).name
+                if name in left and (file := archive.extractfile(member)):
+                    made = hashlib.md5(file.read()).hexdigest()
+                    known_file = files.Known(None, left.pop(name), "md5")
+                    files.require_digest(path / name, made, known_file)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is cut off or damaged ({error}); get it again"
+        ) from error
+    if left:
+        raise ValueError(f"{path} lacks {', '.join(left)}; get it again")
+
+
+@contextlib.contextmanager
+def _accepted(cls: Any, url: str, path: pathlib.Path) -> Iterator[None]:
+    """Within it, TFDS takes an archive whose content was checked for the one of `url`."""
+    cls.url_infos = {url: tfds.download.checksums.compute_url_info(path)}
+    try:
+        yield
+    finally:
+        del cls.url_infos  # that of the class above shows again
 
 
 def _opened(dataset: str, data_dir: str | None) -> Any:

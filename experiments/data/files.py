@@ -87,7 +87,9 @@ def first_of(folder: str, names: tuple[str, ...], source: str) -> pathlib.Path:
     """
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
-        raise ValueError(f"the folder {root} does not exist; make it and put {source}")
+        raise ValueError(
+            f"the folder {root} does not exist; make it and put there {source}"
+        )
     for name in names:
         if (root / name).is_file():
             return root / name

@@ -17,7 +17,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from experiments.data import builders, images
+from experiments.data import builders, files, images
 from experiments.data.shard import WHOLE, Shard
 
 NAME = "imagenet2012"
@@ -27,6 +27,15 @@ AREA = (0.08, 1.0)  # of the image
 RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
 STATISTICS = images.Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+ARCHIVES = {
+    "ILSVRC2012_img_train.tar": files.Known(
+        147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e", "md5"
+    ),
+    "ILSVRC2012_img_val.tar": files.Known(
+        6_744_924_160, "29b22e2961454d5413ddabcf34fc5622", "md5"
+    ),
+}
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
@@ -67,7 +76,7 @@ def batches(
     """
     if threads < 1:
         raise ValueError(f"threads ({threads}) must be at least 1")
-    builder = tfds.builder(NAME, data_dir=data_dir, file_format=builders.FORMAT)
+    builder = _opened(data_dir)
     sizes = builders.sizes(builder, NAME)
     stored, span = images.part(split, sizes, held_out, reported="validation")
     skip = {"image": tfds.decode.SkipDecoding()}  # JPEG
@@ -162,3 +171,44 @@ def middle(jpeg: bytes) -> UInt8[np.ndarray, "224 224 3"]:
         )
     left, upper = round((width - SIZE) / 2), round((height - SIZE) / 2)
     return np.asarray(resized.crop((left, upper, left + SIZE, upper + SIZE)))
+
+
+def prepare(
+    data_dir: str | None = None, manual_dir: str | None = None
+) -> tfds.core.DatasetBuilder:
+    """The builder with its data on disk, written now unless it was there.
+
+    Args:
+      data_dir: where TFDS keeps its data; None means `$TFDS_DATA_DIR`, or
+        `~/tensorflow_datasets`.
+      manual_dir: folder with the archives of training and validation images, which one
+        gets after a registration.
+    Raises:
+      ValueError: TensorFlow is not installed, or an archive is missing, cut off, or
+        another one.
+      OSError: the data cannot be written.
+    """
+    builder = _opened(data_dir)
+    if builders.is_prepared(builder):
+        return builder
+    if manual_dir is None:
+        raise ValueError(
+            f"{NAME} cannot be downloaded without a registration: get "
+            f"{' and '.join(ARCHIVES)} from https://image-net.org/download-images and "
+            "give their folder as --manual_dir"
+        )
+    found = {
+        name: files.first_of(
+            manual_dir, (name,), f"{name} from https://image-net.org/download-images"
+        )
+        for name in ARCHIVES
+    }
+    builders.require_tensorflow(NAME)
+    for name, path in found.items():
+        files.check(path, ARCHIVES[name])
+    how = tfds.download.DownloadConfig(manual_dir=path.parent)
+    return builders.write(functools.partial(_opened, data_dir), download_config=how)
+
+
+def _opened(data_dir: str | None) -> tfds.core.DatasetBuilder:
+    return tfds.builder(NAME, data_dir=data_dir, file_format=builders.FORMAT)
