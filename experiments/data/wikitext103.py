@@ -27,13 +27,13 @@ import tqdm
 from jaxtyping import Int32
 
 from experiments.data import builders, files
+from experiments.data import vocabulary as vocabularies
 
 URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
 ARCHIVE = "wikitext-103-v1.zip"
 ZIPPED = files.Known(
     None, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"
 )
-EOS = "<eos>"  # id 0; no word of the text
 NAMES = {  # in the archive, and in a folder of the user
     "train": "wiki.train.tokens",
     "validation": "wiki.valid.tokens",
@@ -119,7 +119,7 @@ class Wikitext103Words(tfds.core.GeneratorBasedBuilder):
             path = find(text.name, self._manual_dir)
         check(path, text)
         counters = {split: count(path, split) for split in text.tokens}
-        words = vocabulary_of([counters[split] for split in text.counted])
+        words = vocabularies.by_frequency([counters[split] for split in text.counted])
         _require_counts(path, text, counters, len(words))
         self.info.metadata["words"] = words
         ids = {word: number for number, word in enumerate(words)}
@@ -131,7 +131,9 @@ class Wikitext103Words(tfds.core.GeneratorBasedBuilder):
         self, path: pathlib.Path, split: str, ids: Mapping[str, int]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         with _lines(path, split) as lines:
-            numbers = (ids[word] for line in lines for word in words_of(line))
+            numbers = (
+                ids[word] for line in lines for word in vocabularies.words_of(line)
+            )
             for key in itertools.count():
                 part = itertools.islice(numbers, builders.CHUNK // 4)
                 tokens = np.fromiter(part, np.int32)
@@ -140,33 +142,13 @@ class Wikitext103Words(tfds.core.GeneratorBasedBuilder):
                 yield key, {"tokens": tokens}
 
 
-def words_of(line: str) -> list[str]:
-    """The words of a line, and `<eos>`; an empty line is `<eos>` alone."""
-    return [*line.split(), EOS]
-
-
-def vocabulary_of(counters: Sequence[collections.Counter[str]]) -> list[str]:
-    """`<eos>`, then all words, the most frequent first.
-
-    Of equally frequent words, the one that comes first in the text is first, as in the
-    code of Transformer-XL.
-    """
-    total: collections.Counter[str] = collections.Counter()
-    for counter in counters:
-        total.update(counter)
-    del total[EOS]
-    return [EOS, *(word for word, _ in total.most_common())]
-
-
 def count(path: pathlib.Path, split: str) -> collections.Counter[str]:
-    """How often each word comes in a split, in order of appearance."""
-    counter: collections.Counter[str] = collections.Counter()
+    """How often each word comes in a split."""
     with _lines(path, split) as lines:
-        for line in tqdm.tqdm(
-            lines, desc=f"counting words of {split}", unit=" lines", leave=False
-        ):
-            counter.update(words_of(line))
-    return counter
+        shown = f"counting words of {split}"
+        return vocabularies.count(
+            tqdm.tqdm(lines, desc=shown, unit=" lines", leave=False)
+        )
 
 
 def find(dataset: str, manual_dir: str) -> pathlib.Path:
@@ -215,8 +197,8 @@ def _require_counts(
             )
     if text.words is not None and words != text.words:
         raise ValueError(
-            f"{path}: {NAMES['train']} has {words:,} different words with {EOS}, "
-            f"expected {text.words:,}; it is another file; get it again"
+            f"{path}: {NAMES['train']} has {words:,} different words with the "
+            f"ends of lines, expected {text.words:,}; it is another file; get it again"
         )
 
 
