@@ -4,10 +4,8 @@ Prepared by TFDS as array_record, from the text beside this file: no download, n
 TensorFlow. Collected by Andrej Karpathy for char-rnn; the text is in the public domain.
 """
 
-import contextlib
 import functools
 import hashlib
-import io
 import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -15,6 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
+
+from experiments.data import builders
 
 TEXT = pathlib.Path(__file__).parent / "texts" / "tiny_shakespeare.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -81,21 +81,11 @@ def prepare(data_dir: str | None = None) -> tfds.core.DatasetBuilder:
       ValueError: the shipped text is not whole.
       OSError: the data cannot be written.
     """
-    open_builder = functools.partial(
-        TinyShakespeare, data_dir=data_dir, file_format="array_record"
+    # Quiet: TFDS would announce a download and draw a bar for each of three examples.
+    opened = functools.partial(
+        TinyShakespeare, data_dir=data_dir, file_format=builders.FORMAT
     )
-    builder = open_builder()
-    # TFDS would announce a download and draw a bar for each of three examples.
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        try:
-            # Written beside its place under a random name, then renamed.
-            builder.download_and_prepare()
-        except OSError:
-            # Another process may have renamed its copy first; both hold the same bytes.
-            if not builder.data_path.exists():
-                raise
-    return open_builder()  # reads what is on disk now, whoever wrote it
+    return builders.write(opened, quiet=True)
 
 
 def load(split: str, data_dir: str | None = None) -> UInt8[np.ndarray, " N"]:

@@ -169,7 +169,7 @@ def test_one_pass_counts_every_byte_once(size, rows, segment):
 
 def test_streams_refuse_what_cannot_be():
     text = np.zeros(64, np.uint8)
-    with pytest.raises(ValueError, match="64 bytes.*4 rows.*segments of 16.*takes 65"):
+    with pytest.raises(ValueError, match="64 tokens.*4 rows.*segments of 16.*takes 65"):
         stream.segments(text, rows=4, segment=16, seed=0, loop=True)
     with pytest.raises(ValueError, match=r"segment \(0\)"):
         stream.segments(text, rows=4, segment=0, seed=0, loop=True)
