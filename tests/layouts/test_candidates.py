@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import sizes_in
 from lockstep import EVERY, PLAIN, STACKED, loss
 
 import topkast_jax as tk
@@ -26,16 +27,6 @@ def start(layout: str, shape: tuple[int, ...] = PLAIN, **options: Any) -> Any:
     )
     kernel = jax.random.normal(jax.random.key(0), shape)
     return tx, *tk.start(tx, {"one": {"kernel": kernel, "bias": jnp.zeros(shape[-1])}})
-
-
-def sizes_in(text: str) -> set[int]:
-    """Sizes of all arrays in a compiled program."""
-    found = set()
-    for piece in text.split("[")[1:]:
-        sides = piece.split("]")[0].split(",")
-        if all(side.isdecimal() for side in sides):
-            found.add(int(np.prod([int(side) for side in sides])))
-    return found
 
 
 @pytest.mark.parametrize(
