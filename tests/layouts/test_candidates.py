@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from compilation import sizes_in
-from lockstep import EVERY, PLAIN, STACKED, loss
+from lockstep import EVERY, PLAIN, STACKED, assert_same, loss, run
 
 import topkast_jax as tk
 
@@ -82,6 +82,41 @@ def test_nothing_dense_in_the_block_layout(structure, candidates):
     assert after.shape == before.shape
     assert len(np.setdiff1d(after, before)) > 0
     assert jitted._cache_size() == 1
+
+
+STRUCTURES = {
+    "blocks": tk.blocks(4, 2),
+    "fan_in_blocks": tk.fan_in(2, 4),
+    "groups_of_blocks": tk.groups_of(2, tk.blocks(4, 2)),
+    "entries": tk.unstructured,
+}
+CELLS = [
+    ("uniform", "fan_in_blocks", PLAIN),
+    ("grabo", "blocks", STACKED),
+    ("grabo", "groups_of_blocks", PLAIN),
+]
+REST = [
+    (candidates, structure, shape)
+    for candidates in ("uniform", "grabo")
+    for structure in STRUCTURES
+    for shape in (PLAIN, STACKED)
+    if (candidates, structure, shape) not in CELLS
+]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "structure", "shape"),
+    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)],
+)
+def test_every_layout_has_the_masks_of_the_masked_one(candidates, structure, shape):
+    """To the bit, over three refreshes, statistics out of each layout's own product."""
+    made = method(structure=STRUCTURES[structure], candidates=candidates)
+    masked, packed, block = (run(x, made, shape) for x in ("masked", "packed", "block"))
+    assert_same(masked, packed)
+    assert_same(masked, block)
+    refreshed = [t for t in range(1, len(masked)) if t % EVERY == EVERY - 1]
+    moved = [(masked[t].forward != masked[t - 1].forward).any() for t in refreshed]
+    assert len(moved) == 3 and sum(moved) >= 2
 
 
 @pytest.mark.parametrize(
