@@ -1,9 +1,10 @@
-"""Compiler options for tests that compile many small programs and run each briefly."""
+"""Compiler options for tests of many small programs, and what a program holds."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def fast_compilation() -> dict[str, Any]:
@@ -25,3 +26,13 @@ def fast_compilation() -> dict[str, Any]:
             continue
         known[name] = value
     return known
+
+
+def sizes_in(text: str) -> set[int]:
+    """Sizes of all arrays in a compiled program."""
+    found = set()
+    for piece in text.split("[")[1:]:
+        sides = piece.split("]")[0].split(",")
+        if all(side.isdecimal() for side in sides):
+            found.add(int(np.prod([int(side) for side in sides])))
+    return found

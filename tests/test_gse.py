@@ -65,7 +65,7 @@ STATISTICS = {
         ("layer", "grabo", "adam"),
         pytest.param("layer", "all", "momentum", marks=pytest.mark.slow),
         ("global", "uniform", "adam"),
-        pytest.param("global", "all", "momentum", marks=pytest.mark.slow),
+        ("global", "all", "momentum"),
     ],
 )
 def test_fifty_steps(scope, candidates, inner):
@@ -149,33 +149,78 @@ def test_what_is_pruned_does_not_grow_in_the_same_refresh():
             assert not (new & ~old & ~probe).any()
 
 
+def squares_apart(alpha):
+    """Gradients on A are a hundredth of those off it: what is dropped never regrows."""
+    wave = {
+        p: 1 + jnp.arange(v.size).reshape(v.shape) / v.size for p, v in start().items()
+    }
+    return sum(
+        0.5 * jnp.sum(jnp.where(alpha[p] == 0, 1, 0.01) * (alpha[p] - wave[p]) ** 2)
+        for p in PATHS
+    )
+
+
 def test_everything_as_candidates_is_rigl():
     """Where RigL regrows nothing of what it drops, and rounds to the same number.
 
     Targets off A are large and those on A are reached, so gradients on A are small.
     """
-    wave = {
-        p: 1 + jnp.arange(v.size).reshape(v.shape) / v.size for p, v in start().items()
-    }
-
-    def squares(alpha):
-        # On A the gradient is cut to a hundredth; the same for both methods.
-        return sum(
-            0.5 * jnp.sum(jnp.where(alpha[p] == 0, 1, 0.01) * (alpha[p] - wave[p]) ** 2)
-            for p in PATHS
-        )
-
     options = dict(refresh=tk.every(2), drop_fraction=0.5, distribution=tk.by_path(
         {"one/kernel": 1 - 20 / 72, "two/kernel": 1 - 12 / 48}))  # fmt: skip
     one = train(
-        tk.gse(0.7, candidates="all", **options), optax.sgd(0.1), steps=10, of=squares
+        tk.gse(0.7, candidates="all", **options),
+        optax.sgd(0.1),
+        steps=10,
+        of=squares_apart,
     )
-    two = train(tk.rigl(0.7, **options), optax.sgd(0.1), steps=10, of=squares)
+    two = train(tk.rigl(0.7, **options), optax.sgd(0.1), steps=10, of=squares_apart)
     moved = 0
     for (a, p, _), (b, q, _) in zip(one, two, strict=True):
         jax.tree.map(np.testing.assert_array_equal, (a, p), (b, q))
         moved += (a["one/kernel"] != one[0][0]["one/kernel"]).any()
     assert moved > 5
+
+
+def test_everything_as_candidates_over_all_parameters_is_global_rigl():
+    """The oracle lets what was dropped grow again, as RigL does, over all of them."""
+    inner = optax.sgd(0.125)
+    method = tk.gse(
+        SPARSITY,
+        candidates="all",
+        scope="global",
+        drop_fraction=tk.cosine(ALPHA, 12),
+        refresh=tk.every(2),
+    )
+    seen = train(method, inner, steps=10, of=squares_apart)
+    dense = jax.jit(jax.grad(squares_apart))
+    histories = [
+        gse.gse(
+            {path: np.asarray(value) for path, value in start().items()},
+            {path: seen[0][0][path] for path in PATHS},
+            oracle.sgd(0.125),
+            lambda alpha, t: {p: np.asarray(g) for p, g in dense(seen[t][2]).items()},
+            due=lambda step: step % 2 == 0,
+            alpha=ALPHA,
+            t_end=12,
+            candidates=gse.everything,
+            scope="global",
+            regrow=regrow,
+            steps=10,
+        )
+        for regrow in (True, False)
+    ]
+    first = seen[0][0]
+    moved = 0
+    for t, (forward, probe, _) in enumerate(seen):
+        for path in PATHS:
+            for history in histories:
+                np.testing.assert_array_equal(forward[path], history[t].forward[path])
+            assert probe[path] == (t % 2 == 1)  # everything is seen, at due steps alone
+        moved += any((forward[path] != first[path]).any() for path in PATHS)
+    assert moved == 9
+    sizes = [{path: int(f[path].sum()) for path in PATHS} for f, *_ in seen]
+    assert len({sum(size.values()) for size in sizes}) == 1
+    assert sizes[-1] != sizes[0]
 
 
 def test_candidates_follow_the_statistics():

@@ -240,6 +240,13 @@ def test_what_cannot_be_observed_is_named(model, where, message):
         gradients(model, X, tx, theta, state)
 
 
+def test_a_stack_that_is_not_declared_is_named():
+    x = jax.random.normal(KEY, (5, 4))
+    tx, theta, state = setup(Stacked(), x, "grabo")
+    with pytest.raises(ValueError, match="'layers/dense/kernel'.*1 axes more.*tk.axes"):
+        gradients(Stacked(), x, tx, theta, state)
+
+
 def test_signs_need_a_key():
     model, x = nn.Dense(3), X[:, 0, 0]
     tx, theta, state = setup(model, x, "graest")

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lockstep import EVERY, PLAIN, STACKED, loss
+from compilation import sizes_in
+from lockstep import EVERY, PLAIN, STACKED, assert_same, loss, run
 
 import topkast_jax as tk
 
@@ -26,16 +27,6 @@ def start(layout: str, shape: tuple[int, ...] = PLAIN, **options: Any) -> Any:
     )
     kernel = jax.random.normal(jax.random.key(0), shape)
     return tx, *tk.start(tx, {"one": {"kernel": kernel, "bias": jnp.zeros(shape[-1])}})
-
-
-def sizes_in(text: str) -> set[int]:
-    """Sizes of all arrays in a compiled program."""
-    found = set()
-    for piece in text.split("[")[1:]:
-        sides = piece.split("]")[0].split(",")
-        if all(side.isdecimal() for side in sides):
-            found.add(int(np.prod([int(side) for side in sides])))
-    return found
 
 
 @pytest.mark.parametrize(
@@ -91,6 +82,41 @@ def test_nothing_dense_in_the_block_layout(structure, candidates):
     assert after.shape == before.shape
     assert len(np.setdiff1d(after, before)) > 0
     assert jitted._cache_size() == 1
+
+
+STRUCTURES = {
+    "blocks": tk.blocks(4, 2),
+    "fan_in_blocks": tk.fan_in(2, 4),
+    "groups_of_blocks": tk.groups_of(2, tk.blocks(4, 2)),
+    "entries": tk.unstructured,
+}
+CELLS = [
+    ("uniform", "fan_in_blocks", PLAIN),
+    ("grabo", "blocks", STACKED),
+    ("grabo", "groups_of_blocks", PLAIN),
+]
+REST = [
+    (candidates, structure, shape)
+    for candidates in ("uniform", "grabo")
+    for structure in STRUCTURES
+    for shape in (PLAIN, STACKED)
+    if (candidates, structure, shape) not in CELLS
+]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "structure", "shape"),
+    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)],
+)
+def test_every_layout_has_the_masks_of_the_masked_one(candidates, structure, shape):
+    """To the bit, over three refreshes, statistics out of each layout's own product."""
+    made = method(structure=STRUCTURES[structure], candidates=candidates)
+    masked, packed, block = (run(x, made, shape) for x in ("masked", "packed", "block"))
+    assert_same(masked, packed)
+    assert_same(masked, block)
+    refreshed = [t for t in range(1, len(masked)) if t % EVERY == EVERY - 1]
+    moved = [(masked[t].forward != masked[t - 1].forward).any() for t in refreshed]
+    assert len(moved) == 3 and sum(moved) >= 2
 
 
 @pytest.mark.parametrize(

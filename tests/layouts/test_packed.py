@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lockstep import EVERY, PLAIN, STACKED, STEPS, loss, run
+from lockstep import EVERY, PLAIN, STACKED, STEPS, assert_same, loss, run
 
 import topkast_jax as tk
 
@@ -71,14 +71,6 @@ REST = [
     and not ("rigl" in name and structure.startswith("groups") and shape == STACKED)
     and not (name == "srigl" and "fan_in" not in structure)
 ]
-
-
-def assert_same(masked: list[Any], packed: list[Any]) -> None:
-    for t, (one, two) in enumerate(zip(masked, packed, strict=True)):
-        np.testing.assert_array_equal(one.forward, two.forward, f"A after {t}")
-        np.testing.assert_array_equal(one.backward, two.backward, f"B after {t}")
-        np.testing.assert_allclose(one.weights, two.weights, rtol=1e-5, atol=1e-6)
-        assert one.loss == pytest.approx(two.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,35 @@ def test_packed_training_on_any_mesh() -> None:
     judge(run_suite("packed", full=True), cells=14)
 
 
+def judge_candidates(found: dict[str, Any], cells: int) -> None:
+    """GSE: one device's draws, sets and weights to the bit, and nothing dense travels."""
+    assert len(found) == cells
+    for cell, result in found.items():
+        assert result["equal"] == [True] * 6, cell
+        assert result["drawn"] == [True, False] * 3, cell  # before a refresh alone
+        assert result["moved"] == [True, False, True, False, True], cell
+        assert result["lost"] == [], cell
+        largest, travelled = result["largest"], result["bytes"]
+        assert largest.keys() == travelled.keys() == {"step", "probe", "update"}
+        # In parts of the kernel. An eighth of it is stored, and .75 of that is drawn; a
+        # packed layer is expanded where it multiplies, and nowhere else.
+        assert largest["update"] < 0.25, cell
+        if cell.startswith("block"):
+            assert max(largest["step"], largest["probe"]) < 0.25, cell
+        if "/tensor/" not in cell:  # else activations travel
+            assert max(travelled.values()) < 0.4, cell
+        assert travelled["update"] < 0.01, cell
+
+
+def test_candidates_are_those_of_one_device() -> None:
+    judge_candidates(run_suite("candidates"), cells=2)
+
+
+@pytest.mark.slow
+def test_candidates_on_any_mesh() -> None:
+    judge_candidates(run_suite("candidates", full=True), cells=12)
+
+
 def test_groups_must_fit_the_mesh() -> None:
     import jax
     import jax.numpy as jnp

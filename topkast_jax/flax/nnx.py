@@ -1,5 +1,6 @@
 """Sparse products inside unmodified NNX models."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,22 +8,26 @@ import jax
 from flax import nnx
 
 from topkast_jax._types import PyTree
-from topkast_jax.flax import contraction
+from topkast_jax.flax import contraction, nnx_observed
 from topkast_jax.flax.nnx_activations import meprop, swat
 from topkast_jax.flax.slots import Kernel, Note, put_product, why_not
 from topkast_jax.layouts.packed import BlockMatrix, Index, expand
 from topkast_jax.ops.api import choose
+from topkast_jax.statistics import Tapped
 
 __all__ = ["meprop", "merge", "routes", "swat"]
 
 
 def merge(graphdef: nnx.GraphDef, *states: PyTree) -> Any:
-    """`nnx.merge` for states that hold `tk.BlockMatrix` in the place of kernels.
+    """`nnx.merge` for states that hold `tk.BlockMatrix` or `tk.Tapped` kernels.
 
     nnx.Linear, nnx.LinearGeneral, nnx.Einsum and 1x1 nnx.Conv layers of the model
     multiply by units, also inside nnx.scan and nnx.remat; the kernels of other layers
     are expanded. `routes` tells which is which. Where the model reads the kernel of such
     a layer in another way than by calling it, it gets the expanded array.
+
+    Where a kernel has taps (`tk.tap`), the same layers and any nnx.Conv give them
+    statistics as their gradient. Taps of a layer that is not called stay zero.
 
     The classes of the layers are left as they are: the product is put into the slots for
     it that NNX layers have (`dot_general`, `einsum_op`, `conv_general_dilated`).
@@ -32,6 +37,10 @@ def merge(graphdef: nnx.GraphDef, *states: PyTree) -> Any:
       *states: all of them, as for `nnx.merge`.
     Returns:
       The model.
+    Raises:
+      ValueError: a kernel with taps is that of no such layer, or its stack axes are not
+        declared; when the model is called: it is read in another way than by calling
+        its layer, or the layer's product has no statistics. Path and layer are named.
     Example:
       >>> import jax.numpy as jnp, optax, topkast_jax as tk
       >>> x = jnp.ones((2, 8))
@@ -105,14 +114,16 @@ def _merge(
     """`merge`; `watch(path, index)` gives what is told why a kernel is expanded."""
 
     def held(node: Any) -> Any:
+        if isinstance(node, Tapped):
+            return dataclasses.replace(node, value=held(node.value))
         return Kernel(node.values, node.index) if _is_block(node) else node
 
-    model = nnx.merge(graphdef, *jax.tree.map(held, states, is_leaf=_is_block))
+    model = nnx.merge(graphdef, *jax.tree.map(held, states, is_leaf=_is_special))
     nodes = list(nnx.iter_graph(model))
     kernels = {
-        id(node): (node, watch("/".join(map(str, path)), node.get_raw_value().index))
+        id(node): (node, watch("/".join(map(str, path)), _matrix(node).index))
         for path, node in nodes
-        if isinstance(node, nnx.Variable) and _is_block(node.get_raw_value())
+        if isinstance(node, nnx.Variable) and _is_block(_matrix(node))
     }
     served = set()
     for _, layer in nodes:
@@ -120,7 +131,7 @@ def _merge(
         if isinstance(layer, nnx.Variable) or id(param) not in kernels:
             continue
         note = kernels[id(param)][1]
-        reason = why_not(layer, param.get_raw_value().index)
+        reason = why_not(layer, _matrix(param).index)
         if reason:
             note(reason)
         else:
@@ -128,10 +139,25 @@ def _merge(
             put_product(layer, note)
     for key, (param, _) in kernels.items():
         if key not in served:
-            matrix = param.get_raw_value()
-            param.set_raw_value(expand(matrix.values, matrix.index))
+            matrix, value = _matrix(param), param.get_raw_value()
+            dense = expand(matrix.values, matrix.index)
+            tapped = isinstance(value, Tapped)
+            param.set_raw_value(
+                dataclasses.replace(value, value=dense) if tapped else dense
+            )
+    nnx_observed.observe(model)
     return model
+
+
+def _matrix(param: nnx.Variable) -> Any:
+    """The value of a parameter, without taps."""
+    value = param.get_raw_value()
+    return value.value if isinstance(value, Tapped) else value
 
 
 def _is_block(node: Any) -> bool:
     return isinstance(node, BlockMatrix)
+
+
+def _is_special(node: Any) -> bool:
+    return isinstance(node, BlockMatrix | Tapped)
