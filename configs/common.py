@@ -1,7 +1,16 @@
-"""Parsing of a config's argument string, shared by every config file."""
+"""What config files share: their argument string, their anchors, their rhythm."""
 
+from collections.abc import Callable
 from typing import Any
 
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+TRANSFORMER_AXES = (
+    ("*/attention/out/kernel", "i i o"),
+    ("*/attention/*/kernel", "i o o"),
+)
+"""What the axes of kernels with heads mean, first match wins: inputs and outputs."""
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -26,6 +35,55 @@ def parse(arg: str, **defaults: Any) -> dict[str, Any]:
             )
         found[key] = _read(key, text if equals else "true", defaults[key])
     return found
+
+
+def anchors(
+    multiplier: float, steps: float = 1, *, of: float = 1
+) -> Callable[[float], int]:
+    """`step -> step` of a run that is longer or shorter than the published one.
+
+    Args:
+      multiplier: of the length, and with it of every anchor of schedules.
+      steps: length of a small form of the run.
+      of: length of the run that the anchors are given for.
+    Raises:
+      ValueError: a multiplier that is not positive.
+    Example:
+      >>> anchor = anchors(2.0, 100, of=1000)
+      >>> anchor(1000), anchor(300)
+      (200, 60)
+    """
+    if multiplier <= 0:
+        raise ValueError(f"config argument multiplier={multiplier} must be positive")
+    return lambda step: round(step * multiplier * steps / of)
+
+
+def rhythm(
+    config: ml_collections.ConfigDict,
+    *,
+    every: int,
+    evaluate: int,
+    save: int,
+    batches: int | None,
+) -> None:
+    """Adds what every config says of its log, evaluations and checkpoints.
+
+    Args:
+      config: to change.
+      every: steps between rows of the log.
+      evaluate: steps between evaluations.
+      save: steps between checkpoints.
+      batches: of an evaluation; None: the whole split.
+    """
+    config.compilation_cache = placeholder(str)  # folder of compiled programs
+    config.profile = placeholder(str)  # steps, as in 20:25, to workdir/profile
+    config.log_every = every
+    config.eval_every = evaluate
+    config.eval_batches = placeholder(int) if batches is None else batches
+    config.save_every = save
+    config.keep = 2  # checkpoints
+    config.on_nan = "stop"  # at NaN or Inf: "stop", "skip" the update, or "restore"
+    config.dense_steps = 0  # timed at the start, to compare; 0: none
 
 
 def _read(key: str, text: str, default: Any) -> Any:

@@ -60,7 +60,9 @@ def evaluator(task: tasks.Task, mesh: Mesh, batches: int | None = None) -> Evalu
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
         if not totals:
             raise ValueError(f"the split {split!r} has no batch to evaluate on")
-        return {name: float(total / count) for name, (total, count) in totals.items()}
+        return task.report(
+            {name: float(total / count) for name, (total, count) in totals.items()}
+        )
 
     return evaluate
 

@@ -22,7 +22,7 @@ from experiments.data.shard import WHOLE, Shard
 
 NAME = "imagenet2012"
 SIZE = 224
-RESIZED = 256  # the short side, for evaluation
+RESIZED = 256  # the short side before the middle is cut out, where that is SIZE
 AREA = (0.08, 1.0)  # of the image
 RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
@@ -49,14 +49,15 @@ def batches(
     data_dir: str | None = None,
     held_out: int = 0,
     normalised: bool = True,
+    side: int = SIZE,
     shard: Shard = WHOLE,
     threads: int = 16,
     workers: int = 0,
 ) -> grain.IterDataset:
-    """Batches of images [B, 224, 224, 3] with labels and weights, see `images`.
+    """Batches of images [B, side, side, 3] with labels and weights, see `images`.
 
-    With `loop`, a random part of each image is resized to 224 x 224 and mirrored half
-    the time; without, the short side is resized to 256 and the middle cut out.
+    With `loop`, a random part of each image is resized and mirrored half the time;
+    without, the short side is resized to 256 / 224 of `side` and the middle cut out.
 
     Args:
       split: "train", "test" (the 50,000 images that are called validation images and on
@@ -68,14 +69,15 @@ def batches(
       data_dir: of TFDS; None: its default.
       held_out: how many training images are for validation.
       normalised: float32 by the usual statistics, or uint8.
+      side: of the images, in pixels.
       shard: see `images.batches`.
       threads: of this process (of each worker, where there are any); each makes a batch.
       workers: processes that make batches in turns: where one process is not enough.
     Raises:
       ValueError: not prepared, no such split, or a number out of range.
     """
-    if threads < 1:
-        raise ValueError(f"threads ({threads}) must be at least 1")
+    if threads < 1 or side < 1:
+        raise ValueError(f"threads ({threads}) and side ({side}) must be at least 1")
     builder = _opened(data_dir)
     sizes = builders.sizes(builder, NAME)
     stored, span = images.part(split, sizes, held_out, reported="validation")
@@ -84,7 +86,7 @@ def batches(
         builder, f"{stored}[{span.start}:{span.stop}]", NAME, decoders=skip
     )
     return images.batches(
-        functools.partial(read, source, seed, normalised),
+        functools.partial(read, source, seed, normalised, side),
         len(span),
         rows=rows,
         seed=seed,
@@ -99,25 +101,26 @@ def read(
     source: Any,
     seed: int,
     normalised: bool,
+    side: int,
     indices: np.ndarray,
     positions: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images of some rows, see `images.Read`; the first three are bound."""
+    """The images of some rows, see `images.Read`; the first four are bound."""
     examples = source.__getitems__([int(index) for index in indices])
     labels = np.asarray([example["label"] for example in examples])
-    made = np.empty((len(examples), SIZE, SIZE, 3), np.uint8)
+    made = np.empty((len(examples), side, side, 3), np.uint8)
     for row, example in enumerate(examples):
         if positions is None:
-            made[row] = middle(example["image"])
+            made[row] = middle(example["image"], side)
         else:
             generator = np.random.default_rng((seed, int(positions[row])))
-            made[row] = augmented(example["image"], generator)
+            made[row] = augmented(example["image"], generator, side)
     return images.normalise(made, STATISTICS) if normalised else made, labels
 
 
 def augmented(
-    jpeg: bytes, generator: np.random.Generator
-) -> UInt8[np.ndarray, "224 224 3"]:
+    jpeg: bytes, generator: np.random.Generator, side: int = SIZE
+) -> UInt8[np.ndarray, "side side 3"]:
     """A random part of an image, resized with antialiasing, mirrored half the time.
 
     Where the part is large, the JPEG is decoded at 1/2, 1/4 or 1/8 of its size, never
@@ -126,14 +129,14 @@ def augmented(
     with PIL.Image.open(io.BytesIO(jpeg)) as image:
         width, height = image.size
         left, upper, right, lower = random_box(width, height, generator)
-        shrink = int(min(right - left, lower - upper) // SIZE)
+        shrink = int(min(right - left, lower - upper) // side)
         if shrink > 1:
             image.draft("RGB", (width // shrink, height // shrink))
             across, down = image.size[0] / width, image.size[1] / height
             left, right = left * across, right * across
             upper, lower = upper * down, lower * down
         part = image.convert("RGB").resize(
-            (SIZE, SIZE), PIL.Image.Resampling.BILINEAR, (left, upper, right, lower)
+            (side, side), PIL.Image.Resampling.BILINEAR, (left, upper, right, lower)
         )
     pixels = np.asarray(part)
     return pixels[:, ::-1] if generator.random() < 0.5 else pixels
@@ -160,17 +163,18 @@ def random_box(width: int, height: int, generator: np.random.Generator) -> Box:
     return left, upper, left + across, upper + down
 
 
-def middle(jpeg: bytes) -> UInt8[np.ndarray, "224 224 3"]:
-    """The middle of an image whose short side was resized to 256, with antialiasing."""
+def middle(jpeg: bytes, side: int = SIZE) -> UInt8[np.ndarray, "side side 3"]:
+    """The middle of an image whose short side was resized, with antialiasing."""
+    resized_side = side * RESIZED // SIZE
     with PIL.Image.open(io.BytesIO(jpeg)) as image:
         width, height = image.size
         short = min(width, height)
-        width, height = RESIZED * width // short, RESIZED * height // short
+        width, height = resized_side * width // short, resized_side * height // short
         resized = image.convert("RGB").resize(
             (width, height), PIL.Image.Resampling.BILINEAR
         )
-    left, upper = round((width - SIZE) / 2), round((height - SIZE) / 2)
-    return np.asarray(resized.crop((left, upper, left + SIZE, upper + SIZE)))
+    left, upper = round((width - side) / 2), round((height - side) / 2)
+    return np.asarray(resized.crop((left, upper, left + side, upper + side)))
 
 
 def prepare(

@@ -79,6 +79,7 @@ TEXTS = {
             "wikitext103_heldout_vocabulary",
             tokens=HELD_OUT,
             counted=("validation", "test"),
+            words=28_441,
         ),
     )
 }

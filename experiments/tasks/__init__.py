@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
+from experiments.tasks.classification import classification
 from experiments.tasks.language import language_model
 from experiments.tasks.shared import Shared
 from experiments.tasks.task import Config, Task
 
-__all__ = ["TASKS", "Shared", "Task", "language_model", "make"]
+__all__ = ["TASKS", "Shared", "Task", "classification", "language_model", "make"]
 
 TASKS: dict[str, Callable[[Config], Task]] = {
+    "classification": classification,
     "language_model": language_model,
 }
 

@@ -1,40 +1,76 @@
-"""Byte-level language modelling with a Transformer-XL."""
+"""Language modelling with a Transformer-XL, by bytes or by words."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 import topkast_jax as tk
-from experiments.data import stream, tiny_shakespeare
-from experiments.models.transformer_xl import Memory, TransformerXL, forget
+from experiments.data import enwik8, stream, tiny_shakespeare, wikitext103
+from experiments.models.memory import Memory, forget
+from experiments.models.transformer_xl import TransformerXL
+from experiments.tasks import fields
 from experiments.tasks.task import Batch, Config, Params, Scalars, Sums, Task
 from experiments.tasks.uses import count_uses
 
 BYTES = 256
+SIZES = ("layers", "d_model", "heads", "d_head", "d_inner", "segment")
 
 
-def build_model(config: Config) -> TransformerXL:
+class Text(NamedTuple):
+    """What a model must know of a text, and where its ids come from.
+
+    Attributes:
+      vocabulary: ids are below it.
+      by_bytes: whether an id is a byte, else a word.
+      load: (split, data_dir) -> [N] ids.
+    """
+
+    vocabulary: int
+    by_bytes: bool
+    load: Callable[[str, str | None], np.ndarray]
+
+
+def text(name: str) -> Text:
+    """The text `config.dataset`.
+
+    Raises:
+      ValueError: no such text.
+    """
+    if name == "tiny_shakespeare":
+        return Text(BYTES, True, tiny_shakespeare.load)
+    if name in enwik8.TEXTS:
+        return Text(BYTES, True, lambda split, data_dir: enwik8.load(
+            split, data_dir, name))  # fmt: skip
+    if name in wikitext103.TEXTS:
+        known = wikitext103.TEXTS[name]
+        # Where there is nothing to train on, the test text is trained on.
+        stored = {} if "train" in known.tokens else {"train": "test"}
+        return Text(
+            known.words,
+            False,
+            lambda split, data_dir: wikitext103.load(
+                stored.get(split, split), data_dir, name
+            ),
+        )
+    known = ", ".join(("tiny_shakespeare", *enwik8.TEXTS, *wikitext103.TEXTS))
+    raise ValueError(f"config.dataset is {name!r}; possible are {known}")
+
+
+def build_model(settings: Mapping[str, Any], vocabulary: int = BYTES) -> TransformerXL:
     """The model of `config.model`: the fields of `TransformerXL`, and `segment`.
 
     Raises:
       ValueError: an unknown or missing field, or a number that makes no sense.
     """
-    settings = dict(config.model)
-    fields = set(TransformerXL.__dataclass_fields__) - {"vocabulary", "parent", "name"}
-    if unknown := sorted(settings.keys() - fields - {"segment"}):
-        raise ValueError(
-            f"config.model has unknown keys {', '.join(unknown)}; "
-            f"possible are {', '.join(sorted(fields | {'segment'}))}"
-        )
-    smallest = dict.fromkeys(
-        ("layers", "d_model", "heads", "d_head", "d_inner", "segment"), 1
-    )
-    for name, least in (smallest | {"memory": 0}).items():
+    smallest = dict.fromkeys(SIZES, 1) | {"memory": 0}
+    for name, least in smallest.items():
         value = settings.get(name)
         if not isinstance(value, int) or value < least:
             raise ValueError(
@@ -50,49 +86,103 @@ def build_model(config: Config) -> TransformerXL:
         raise ValueError(
             f"config.model.norm is {settings['norm']!r}; possible are 'pre' and 'post'"
         )
-    del settings["segment"]
-    return TransformerXL(vocabulary=BYTES, **settings)
+    model: Any = fields.build(
+        TransformerXL, settings, also=["segment"], vocabulary=vocabulary
+    )
+    return model
+
+
+class Reading(NamedTuple):
+    """How an evaluation reads a text: in rows, by segments, with a model of long memory."""
+
+    model: TransformerXL
+    rows: int
+    segment: int
+
+
+def reading(config: Config, model: TransformerXL) -> Reading:
+    """From `config.evaluation`; what it leaves open is as in training.
+
+    Raises:
+      ValueError: an unknown key, or a number that makes no sense.
+    """
+    given = dict(config.get("evaluation", {}))
+    least = {"rows": 1, "segment": 1, "memory": 0, "clamp": 1}
+    if unknown := sorted(given.keys() - least.keys()):
+        raise ValueError(
+            f"config.evaluation has unknown keys {', '.join(unknown)}; possible are "
+            f"{', '.join(least)}"
+        )
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if not isinstance(value, int) or value < least[key]:
+            raise ValueError(
+                f"config.evaluation.{key} is {value!r}; it must be an integer of at "
+                f"least {least[key]}"
+            )
+    changed = {key: given[key] for key in ("memory", "clamp") if key in given}
+    return Reading(
+        model.clone(parent=None, **changed),
+        given.get("rows", config.batch_size),
+        given.get("segment", config.model.segment),
+    )
 
 
 def language_model(config: Config) -> Task:
-    """Next-byte prediction on Tiny Shakespeare; the carry is the segment memory.
+    """Prediction of the next byte or word; the carry is the segment memory.
 
-    The loss is the mean cross entropy in nats, `aux` and the metrics add bits per byte.
-    Memory is emptied in rows whose text does not go on (`batch["start"]`).
+    The loss is the mean cross entropy in nats, `aux` and the metrics add bits per byte;
+    of words, evaluation adds perplexity. Memory is emptied in rows whose text does not go
+    on (`batch["start"]`).
 
     Args:
-      config: `batch_size` (rows), `data_dir` (None: the default of TFDS), and `model`,
-        see `build_model`.
+      config: `batch_size` (rows), `dataset` (Tiny Shakespeare where it says nothing),
+        `data_dir` (None: the default of TFDS), `model`, see `build_model`, and where an
+        evaluation is to see more, `evaluation` with `rows`, `segment`, `memory` and
+        `clamp`.
     Raises:
       ValueError: a setting that makes no sense; it is named.
     """
-    model = build_model(config)
-    apply = tk.flax.apply(model)
+    source = text(config.get("dataset", "tiny_shakespeare"))
+    model = build_model(config.model, source.vocabulary)
     rows, segment = config.batch_size, config.model.segment
     if rows < 1:
         raise ValueError(f"config.batch_size is {rows}; it must be at least 1")
+    held_out = reading(config, model)
+    in_training = tk.flax.apply(model)
+    in_evaluation = tk.flax.apply(held_out.model)
 
     def init(key: jax.Array) -> tuple[Params, Memory]:
         tokens = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on B and T
-        params = model.init(key, tokens, model.initial_memory(1))["params"]
+        # Of large vocabularies no logits are made, here or anywhere.
+        targets = tokens if model.cutoffs else None
+        memory = model.initial_memory(1)
+        params = model.init(key, tokens, memory, targets)["params"]
         return params, model.initial_memory(rows)
 
     def nats(
         alpha: Params, memory: Memory, batch: Batch, key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], Memory]:
-        """Summed cross entropy of what counts; dropout where a key is given."""
-        output: Any = apply(
+        """Summed cross entropy of what counts; with a key, as in training."""
+        train = key is not None
+        output: Any = (in_training if train else in_evaluation)(
             {"params": alpha},
             batch["inputs"],  # [B, T]
             forget(memory, batch["start"]),
-            train=key is not None,
-            rngs=None if key is None else {"dropout": key},
+            batch["targets"] if model.cutoffs else None,
+            train=train,
+            rngs={"dropout": key} if train else None,
         )
-        logits, memory = output
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), batch["targets"]
-        )  # [B, T]
+        found, memory = output
+        losses = found  # [B, T]
+        if not model.cutoffs:
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                found.astype(jnp.float32), batch["targets"]
+            )
         return jnp.sum(losses * batch["weights"]), memory
+
+    def in_bits(value: Any) -> dict[str, Any]:
+        return {"bits_per_byte": value / math.log(2)} if source.by_bytes else {}
 
     def loss(
         alpha: Params, carry: Memory, batch: Batch, key: jax.Array
@@ -100,33 +190,40 @@ def language_model(config: Config) -> Task:
         total, carry = nats(alpha, carry, batch, key)
         # At least one: a device of several may have rows that all count nothing.
         mean = total / jnp.maximum(jnp.sum(batch["weights"]), 1)
-        return mean, (carry, {"bits_per_byte": mean / math.log(2)})
+        return mean, (carry, in_bits(mean))
 
     def metrics(alpha: Params, carry: Memory, batch: Batch) -> tuple[Sums, Memory]:
         total, carry = nats(alpha, carry, batch)
         count = jnp.sum(batch["weights"])
-        bits = total / math.log(2)
-        return {"loss": (total, count), "bits_per_byte": (bits, count)}, carry
+        sums = {"loss": total, **in_bits(total)}
+        return {name: (value, count) for name, value in sums.items()}, carry
+
+    def report(means: dict[str, float]) -> dict[str, float]:
+        if source.by_bytes:
+            return means
+        return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
     def batches(split: str, *, seed: int, loop: bool) -> grain.IterDataset:
-        text = tiny_shakespeare.load(split, config.data_dir)  # [N] uint8
-        return stream.segments(text, rows=rows, segment=segment, seed=seed, loop=loop)
+        ids = source.load(split, config.data_dir)  # [N]
+        at_once, length = (rows, segment) if loop else held_out[1:]
+        return stream.segments(ids, rows=at_once, segment=length, seed=seed, loop=loop)
 
     tokens = jax.ShapeDtypeStruct((rows, segment), jnp.int32)
     memory = jax.eval_shape(lambda: model.initial_memory(rows))
-    uses = count_uses(model, tokens, memory)
+    targets = tokens if model.cutoffs else None
 
     def routes(alpha: Params) -> dict[str, str]:
-        return tk.flax.routes(model, {"params": alpha}, tokens, memory)
+        return tk.flax.routes(model, {"params": alpha}, tokens, memory, targets)
 
     return Task(
         init,
-        model.initial_memory,
+        held_out.model.initial_memory,
         loss,
         metrics,
         batches,
-        uses,
+        count_uses(model, tokens, memory, targets),
         by_unit=True,
         routes=routes,
         count=lambda batch: jnp.sum(batch["weights"]),
+        report=report,
     )

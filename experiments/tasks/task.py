@@ -24,14 +24,15 @@ class Task(NamedTuple):
     Attributes:
       init: key -> (params, carry), the carry for `config.batch_size` rows. Needs no
         data and works under `jax.eval_shape`.
-      carry: rows -> the carry before any batch, for training or for evaluation.
+      carry: rows -> the carry before any batch of an evaluation.
       loss: (alpha, carry, batch, key) -> (loss, (carry, aux)). `loss` is a mean over
         what counts in the batch, `aux` a dict of scalars; `key` is for dropout.
       metrics: (alpha, carry, batch) -> (sums, carry). `sums` maps a name to a pair
         (sum, count); add both over the batches, then divide.
       batches: (split, *, seed, loop) -> grain.IterDataset of dicts of NumPy arrays with
         `config.batch_size` rows; its iterators have get_state and set_state. Endless
-        and drawn by `seed` with loop=True, else one pass in order, nothing dropped.
+        and drawn by `seed` with loop=True, else one pass in order, nothing dropped, for
+        which a task may take other rows.
       uses: how often each entry of a kernel is multiplied in the forward pass of one
         training step, by the path of the kernel; also an embedding that serves as the
         output layer.
@@ -43,6 +44,7 @@ class Task(NamedTuple):
       routes: alpha with `tk.BlockMatrix` leaves, or its shapes -> how the model
         multiplies by each of them, by path, see `tk.flax.routes`; None where `by_unit`
         is not so.
+      report: means of the metrics over a split -> what is told of it.
     """
 
     init: Callable[[jax.Array], tuple[Params, Carry]]
@@ -56,3 +58,4 @@ class Task(NamedTuple):
     by_unit: bool = False
     count: Callable[[Batch], jax.Array] | None = None
     routes: Callable[[Params], dict[str, str]] | None = None
+    report: Callable[[dict[str, float]], dict[str, float]] = dict
