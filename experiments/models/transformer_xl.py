@@ -11,18 +11,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.models.adaptive import (
-    AdaptiveEmbedding,
-    AdaptiveSoftmax,
-    Table,
-    cross_entropy,
-)
+from experiments.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from experiments.models.memory import Memory, empty_memory, forget, remember
 from experiments.models.relative_attention import (
     RelativeAttention,
     attention_mask,
     distance_embedding,
 )
+from experiments.models.tables import Table, cross_entropy
 
 __all__ = [
     "Block",

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from experiments.models.adaptive import Projection
+from experiments.models.tables import Projection
 
 
 def count_uses(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:

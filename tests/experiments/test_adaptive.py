@@ -363,8 +363,8 @@ def test_only_the_memory_carries_the_answer():
     Rare ids among them. Whose memory is emptied in between can do no better than the
     entropy of the answers.
     """
-    model = build(layers=1, memory=4)
-    answers = jnp.asarray([1, 6, 10, 20])  # one of each cluster
+    model = build(cutoffs=(9,))
+    answers = jnp.asarray([1, 6, 10, 20])  # two of each cluster
     tx = optax.adam(1e-2)
     blanks = jnp.zeros((32, 2), jnp.int32)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models.adaptive import Projection, Table
+from experiments.models.tables import Projection, Table
 from experiments.tasks.uses import count_uses
 
 SHAPE = (2, 9, 9, 4)
