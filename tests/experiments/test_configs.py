@@ -1,0 +1,160 @@
+"""The papers' configs: arguments, anchors, and that their smallest forms train."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import stored
+from runs import assert_same_run, hook_training_data, rows
+
+from configs import cifar as cifar_config
+from configs import common, enwik8_transformer_xl, imagenet_resnet50
+from configs import wikitext103_transformer_xl as wikitext_config
+from experiments import evaluate
+from experiments.assembly import assemble
+from experiments.config import Watched, require_all_read
+from experiments.data import enwik8, wikitext103
+from experiments.train import train
+
+CONFIGS = {
+    "imagenet": imagenet_resnet50,
+    "cifar": cifar_config,
+    "enwik8": enwik8_transformer_xl,
+    "wikitext103": wikitext_config,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """CIFAR-10 and ImageNet of a few noisy images, as TFDS stores them."""
+    data_dir = str(tmp_path_factory.mktemp("pictures"))
+    draw = np.random.default_rng(0)
+
+    def examples(split: str, size: int, side: int, name: str, kind: Any) -> list[Any]:
+        return [
+            {
+                name: f"{split}_{number:05d}",
+                "image": kind(draw.integers(256, size=(side, side, 3), dtype=np.uint8)),
+                "label": number % 10,
+            }
+            for number in range(size)
+        ]
+
+    sizes = {"train": 40, "test": 10}
+    stored.store(
+        "cifar10",
+        {s: examples(s, n, 32, "id", stored.png) for s, n in sizes.items()},
+        data_dir,
+    )
+    sizes = {"train": 12, "validation": 5}
+    stored.store(
+        "imagenet2012",
+        {s: examples(s, n, 48, "file_name", stored.jpeg) for s, n in sizes.items()},
+        data_dir,
+    )
+    return data_dir
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts in place of the prepared ones, whose builders have tests of their own."""
+
+    def load(split: str, data_dir: Any, dataset: str) -> np.ndarray:
+        draw = np.random.default_rng(len(split))
+        ids = 256 if dataset.startswith("enwik8") else wikitext103.TEXTS[dataset].words
+        return draw.integers(ids, size=2000).astype(np.int32)
+
+    monkeypatch.setattr(enwik8, "load", load)
+    monkeypatch.setattr(wikitext103, "load", load)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
+    name: str,
+    pictures: str,
+    texts: None,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = CONFIGS[name].get_config("smoke")
+    if config.task == "classification":
+        config.data.data_dir = pictures
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    outcome = train(config, whole)
+    assert outcome.step == config.steps
+
+    class Gone(BaseException):
+        pass
+
+    def hook(number: int, batch: Any) -> Any:
+        if number == config.steps:
+            raise Gone
+        return batch
+
+    with monkeypatch.context() as patched:
+        hook_training_data(patched, hook)
+        with pytest.raises(Gone):
+            train(config, parts)
+    train(config, parts)
+    assert_same_run(whole, parts)
+    step, found = evaluate.from_workdir(str(parts), "test")
+    assert step == config.steps and np.isfinite(found["loss"])
+    if name != "enwik8":  # there, and in "wikitext103", the split differs
+        assert found.keys() == outcome.metrics.keys()
+    churns = [row.get("churn", 0) for row in rows(whole, "train")]
+    assert max(churns) > 0  # masks moved
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("method", ["dense", "top_kast", "rigl", "gse", "magnitude"])
+@pytest.mark.parametrize("form", ["", ",tiny"])
+def test_every_key_is_read_and_every_form_can_be_built(
+    name: str, method: str, form: str
+) -> None:
+    config = CONFIGS[name].get_config(f"method={method}{form}")
+    if not form and method != "top_kast":
+        pytest.skip("plans of large networks take seconds, and differ by method in nothing")
+    cfg = Watched(config)
+    run = assemble(cfg)
+    assert (run.method is None) == (method == "dense")
+    for key in ("name", "steps", "seed", "log_every", "eval_every", "eval_batches",
+                "save_every", "keep", "on_nan", "dense_steps", "profile",
+                "compilation_cache"):  # fmt: skip
+        assert key in cfg and cfg.get(key, ...) is not ...  # read by the loop
+    require_all_read(cfg)
+
+
+def test_a_multiplier_moves_every_anchor() -> None:
+    once, twice = (
+        imagenet_resnet50.get_config(f"method=rigl,multiplier={m}") for m in (1, 2)
+    )
+    assert (once.steps, once.learning_rate.boundaries) == (32000, (9384, 21895, 28151))
+    assert twice.steps == 64000 and twice.sparse.refresh_stop == 50_000
+    for key in ("boundaries", "warmup"):
+        found = np.asarray(twice.learning_rate[key])
+        np.testing.assert_allclose(found, 2 * np.asarray(once.learning_rate[key]), atol=1)
+    # Epochs 80 and 120 of 200, at 390.625 steps each.
+    config = cifar_config.get_config("method=gse,size=vit,dataset=cifar100")
+    assert config.steps == 78125
+    assert config.learning_rate.boundaries == (31250, 46875)
+    assert config.sparse.refresh_stop == 46875 and config.learning_rate.peak == 0.01
+    config = enwik8_transformer_xl.get_config("size=24,multiplier=0.5")
+    assert config.steps == 200_000 and config.learning_rate.warmup == 2000
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_arguments_that_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match="config argument size=7 is none of"):
+        CONFIGS[name].get_config("size=7")
+    with pytest.raises(ValueError, match=r"multiplier=-1.0 must be positive"):
+        CONFIGS[name].get_config("multiplier=-1")
+    with pytest.raises(ValueError, match="'widht' is unknown"):
+        CONFIGS[name].get_config("widht=7")
+    with pytest.raises(ValueError, match="backward= is for method=top_kast only"):
+        CONFIGS[name].get_config("method=rigl,backward=0.5")
+
+
+def test_anchors_scale() -> None:
+    anchor = common.anchors(0.5)
+    assert [anchor(s) for s in (0, 3, 100)] == [0, 2, 50]
