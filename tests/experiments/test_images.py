@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import stored
+from absl import flags
 
 from experiments.data import cifar, imagenet, images
 from experiments.data.shard import Shard
@@ -326,7 +327,9 @@ def test_imagenet_evaluation_drops_nothing(imagenet_dir):
 
 
 @pytest.mark.slow
-def test_worker_processes_give_the_same_batches(imagenet_dir):
+def test_worker_processes_give_the_same_batches(imagenet_dir, monkeypatch):
+    # Grain asks flags of absl about its workers, which a program has parsed.
+    monkeypatch.setitem(flags.FLAGS.__dict__, "__flags_parsed", True)
     alone = collect(imagenet_batches(imagenet_dir), 5)
     dataset = imagenet_batches(imagenet_dir, workers=2)
     assert all(map(equal, alone, collect(dataset, 5)))
