@@ -33,7 +33,7 @@ def write(
     with _silence() if quiet else contextlib.nullcontext():
         try:
             # Written beside its place under a random name, then renamed.
-            builder.download_and_prepare(**how)
+            builder.download_and_prepare(file_format=FORMAT, **how)
         except OSError:
             # Another process may have renamed its copy first; both hold the same bytes.
             if not builder.data_path.exists():
@@ -54,7 +54,7 @@ def source(
     """Random access to the examples of a split, which must have been prepared.
 
     Args:
-      builder: opened with `file_format=FORMAT`.
+      builder: of the data set, opened where it should be.
       split: as TFDS names it; slices such as "train[:100]" too.
       dataset: its name on the command line of experiments.prepare.
       **how: of `as_data_source`.
@@ -62,13 +62,6 @@ def source(
       ValueError: it was not prepared, in another format, or has no such split.
     """
     require_prepared(builder, dataset)
-    found = builder.info.file_format
-    if found is None or found.value != FORMAT:
-        raise ValueError(
-            f"{builder.data_path} is in the format {found and found.value}, which "
-            f"TensorFlow alone reads; prepare it as {FORMAT} in another data_dir: "
-            f"`{_command(dataset)} --data_dir=...`"
-        )
     name = split.partition("[")[0]
     if name not in builder.info.splits:
         raise ValueError(
@@ -93,7 +86,7 @@ def examples(source: Any) -> Iterator[Any]:
 
 def require_prepared(builder: tfds.core.DatasetBuilder, dataset: str) -> None:
     """Raises ValueError, which says the command, where the data is not on disk."""
-    if not is_prepared(builder):
+    if not is_prepared(builder, dataset):
         depth = 3 if builder.builder_config else 2  # name, config if any, version
         raise ValueError(
             f"{dataset} is not prepared in {builder.data_path}; run "
@@ -101,9 +94,22 @@ def require_prepared(builder: tfds.core.DatasetBuilder, dataset: str) -> None:
         )
 
 
-def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether the data is on disk, whole: a folder gets its name when it is."""
-    return (builder.data_path / "dataset_info.json").exists()
+def is_prepared(builder: tfds.core.DatasetBuilder, dataset: str) -> bool:
+    """Whether the data is on disk, whole: a folder gets its name when it is.
+
+    Raises:
+      ValueError: it is there in another format.
+    """
+    if not (builder.data_path / "dataset_info.json").exists():
+        return False
+    found = builder.info.file_format
+    if found is None or found.value != FORMAT:
+        raise ValueError(
+            f"{builder.data_path} is in the format {found and found.value}, which "
+            f"TensorFlow alone reads; prepare it as {FORMAT} in another folder: "
+            f"`{_command(dataset)} --data_dir=...`"
+        )
+    return True
 
 
 def require_tensorflow(dataset: str) -> None:

@@ -176,7 +176,7 @@ def prepare(
     """
     opened = functools.partial(_opened, dataset, data_dir)
     builder = opened()
-    if builders.is_prepared(builder):
+    if builders.is_prepared(builder, dataset):
         return builder
     if manual_dir is None:
         builders.require_tensorflow(dataset)
@@ -237,4 +237,4 @@ def _accepted(cls: Any, url: str, path: pathlib.Path) -> Iterator[None]:
 def _opened(dataset: str, data_dir: str | None) -> Any:
     if dataset not in STATISTICS:
         raise ValueError(f"no {dataset!r}; possible are {', '.join(STATISTICS)}")
-    return tfds.builder(dataset, data_dir=data_dir, file_format=builders.FORMAT)
+    return tfds.builder(dataset, data_dir=data_dir)

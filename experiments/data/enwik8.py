@@ -177,7 +177,7 @@ def prepare(
       OSError: it cannot be downloaded, or the data cannot be written.
     """
     opened = _open(dataset, data_dir)
-    if not builders.is_prepared(opened):
+    if not builders.is_prepared(opened, dataset):
         if manual_dir is not None:
             find(dataset, manual_dir)
         elif dataset != "enwik8":
@@ -215,6 +215,5 @@ def _open(
     return Enwik8Bytes(
         config=dataset,
         data_dir=data_dir,
-        file_format=builders.FORMAT,
         manual_dir=manual_dir,
     )

@@ -193,7 +193,7 @@ def prepare(
       OSError: the data cannot be written.
     """
     builder = _opened(data_dir)
-    if builders.is_prepared(builder):
+    if builders.is_prepared(builder, NAME):
         return builder
     if manual_dir is None:
         raise ValueError(
@@ -215,4 +215,4 @@ def prepare(
 
 
 def _opened(data_dir: str | None) -> tfds.core.DatasetBuilder:
-    return tfds.builder(NAME, data_dir=data_dir, file_format=builders.FORMAT)
+    return tfds.builder(NAME, data_dir=data_dir)

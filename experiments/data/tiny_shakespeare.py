@@ -82,9 +82,7 @@ def prepare(data_dir: str | None = None) -> tfds.core.DatasetBuilder:
       OSError: the data cannot be written.
     """
     # Quiet: TFDS would announce a download and draw a bar for each of three examples.
-    opened = functools.partial(
-        TinyShakespeare, data_dir=data_dir, file_format=builders.FORMAT
-    )
+    opened = functools.partial(TinyShakespeare, data_dir=data_dir)
     return builders.write(opened, quiet=True)
 
 

@@ -239,7 +239,9 @@ def prepare(
       ValueError: a file is missing, cut off, or another one.
       OSError: it cannot be downloaded, or the data cannot be written.
     """
-    if manual_dir is not None and not builders.is_prepared(_open(dataset, data_dir)):
+    if manual_dir is not None and not builders.is_prepared(
+        _open(dataset, data_dir), dataset
+    ):
         find(dataset, manual_dir)
     how = functools.partial(_open, dataset, data_dir, manual_dir)
     return builders.write(how, quiet=quiet)
@@ -280,6 +282,5 @@ def _open(
     return Wikitext103Words(
         config=dataset,
         data_dir=data_dir,
-        file_format=builders.FORMAT,
         manual_dir=manual_dir,
     )

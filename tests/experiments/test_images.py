@@ -1,0 +1,438 @@
+"""Batches of images: order, shards, weights, resume, and the two augmentations.
+
+The data sets are small ones of the same format, written without TensorFlow; what TFDS
+makes of the archives is in test_prepare.py.
+"""
+
+import io
+import itertools
+import os
+import pathlib
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import stored
+from absl import flags
+
+from experiments.data import cifar, imagenet, images
+from experiments.data.shard import Shard
+
+SIZE = 37  # images of the small CIFAR-10
+SEED = 5
+
+
+def numbered(number):
+    """An image whose pixels say its number, row and column: [32, 32, 3]."""
+    row, column = np.mgrid[1:33, 1:33]
+    return np.stack([np.full((32, 32), number + 1), row, column], -1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def cifar_dir(tmp_path_factory):
+    """CIFAR-10 with `SIZE` training and 10 test images, by `numbered`."""
+    data_dir = str(tmp_path_factory.mktemp("cifar"))
+    splits = {
+        split: [
+            {
+                "id": f"{split}_{number:05d}",
+                "image": stored.png(numbered(number)),
+                "label": number % 10,
+            }
+            for number in range(size)
+        ]
+        for split, size in (("train", SIZE), ("test", 10))
+    }
+    stored.store("cifar10", splits, data_dir)
+    return data_dir
+
+
+def collect(dataset, count=None):
+    return list(itertools.islice(dataset, count))
+
+
+def joined(batches, name):
+    return np.concatenate([batch[name] for batch in batches])
+
+
+def equal(batch, other):
+    return batch.keys() == other.keys() and all(
+        np.array_equal(batch[name], other[name]) for name in batch
+    )
+
+
+def train(data_dir, **changes):
+    how = dict(rows=8, seed=SEED, loop=True, data_dir=data_dir, normalised=False)
+    return cifar.batches("train", **how | changes)
+
+
+def whose(batches):
+    """Numbers of the images in batches of CIFAR: borders are 0, images are not."""
+    return joined(batches, "images")[..., 0].max(axis=(1, 2)).astype(int) - 1
+
+
+def test_every_image_comes_once_in_an_epoch_and_epochs_differ(cifar_dir):
+    batches = collect(train(cifar_dir), 3 * SIZE // 8 + 1)
+    numbers = whose(batches)[: 3 * SIZE].reshape(3, SIZE)
+    for epoch in numbers:
+        assert sorted(epoch) == list(range(SIZE))
+    assert len({tuple(epoch) for epoch in numbers}) == 3
+    assert joined(batches, "weights").min() == 1
+    np.testing.assert_array_equal(joined(batches, "labels"), whose(batches) % 10)
+    assert {batch["images"].shape for batch in batches} == {(8, 32, 32, 3)}
+    assert {batch["labels"].dtype for batch in batches} == {np.dtype(np.int32)}
+    other = whose(collect(train(cifar_dir, seed=SEED + 1), 10))
+    # A neighbouring seed is not the same sequence an epoch later.
+    assert not np.array_equal(other[:SIZE], numbers[1])
+
+
+def test_one_pass_is_in_order_and_fills_up_the_last_batch(cifar_dir):
+    batches = collect(
+        cifar.batches("test", rows=4, seed=0, loop=False, data_dir=cifar_dir)
+    )
+    weights = joined(batches, "weights")
+    assert weights.dtype == np.float32
+    np.testing.assert_array_equal(weights, [1] * 10 + [0] * 2)
+    assert joined(batches, "images").shape == (12, 32, 32, 3)
+    decoded = cifar.load("test", cifar_dir)
+    np.testing.assert_array_equal(joined(batches, "labels")[:10], decoded.labels)
+    expected = images.normalise(
+        decoded.images[:, 4:-4, 4:-4], cifar.STATISTICS["cifar10"]
+    )
+    np.testing.assert_array_equal(joined(batches, "images")[:10], expected)
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_iterators_resume_exactly(cifar_dir, loop):
+    dataset = train(cifar_dir, loop=loop, normalised=True)
+    count = 12 if loop else 5
+    whole = collect(dataset, count)
+    iterator = iter(dataset)
+    for _ in range(3):
+        next(iterator)
+    resumed = iter(dataset)
+    resumed.set_state(iterator.get_state())
+    rest = collect(resumed, count - 3)
+    assert len(rest) == count - 3
+    assert all(map(equal, whole[3:], rest))
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_shards_are_disjoint_and_add_up_to_the_batches(cifar_dir, loop):
+    whole = collect(train(cifar_dir, loop=loop), 5)
+    shares = [
+        collect(train(cifar_dir, loop=loop, shard=Shard(index, 2)), 5)
+        for index in range(2)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [len(part["labels"]) for part in parts] == [4, 4]
+        together = {n: np.concatenate([p[n] for p in parts]) for n in batch}
+        assert equal(batch, together)
+    real = [share["weights"] == 1 for share in map(_joined, shares)]
+    one, two = (set(whose(s)[r]) for s, r in zip(shares, real, strict=True))
+    if not loop:
+        assert not one & two
+        assert one | two == set(range(SIZE))
+
+
+def _joined(batches):
+    return {name: joined(batches, name) for name in batches[0]}
+
+
+def test_each_row_is_moved_and_mirrored_as_in_plain_numpy(cifar_dir):
+    (batch,) = collect(train(cifar_dir, rows=64), 1)
+    decoded = cifar.load("train", cifar_dir)
+    indices = [images.order(SIZE, SEED)[n] for n in range(64)]
+    drawn = images.draws(SEED, np.arange(64))
+    seen = set()
+    for row, index in enumerate(indices):
+        image = decoded.images[index][4:36, 4:36]
+        bordered = np.zeros((40, 40, 3), np.uint8)
+        bordered[4:36, 4:36] = image
+        top, left = int(drawn[row, 0]) % 9, int(drawn[row, 1]) % 9
+        expected = bordered[top : top + 32, left : left + 32]
+        if int(drawn[row, 2]) % 2:
+            expected = expected[:, ::-1]
+        np.testing.assert_array_equal(batch["images"][row], expected)
+        seen.add((top, left, int(drawn[row, 2]) % 2))
+    assert len(seen) > 40  # of 162
+
+
+def test_draws_depend_on_seed_and_row_alone():
+    whole = images.draws(3, np.arange(20))
+    np.testing.assert_array_equal(images.draws(3, np.arange(7, 12)), whole[7:12])
+    assert len(np.unique(whole)) == whole.size
+    assert not np.array_equal(images.draws(4, np.arange(20)), whole)
+    far = images.draws(3, np.arange(2**40, 2**40 + 3))
+    np.testing.assert_array_equal(images.draws(3, np.array([2**40 + 2])), far[2:])
+
+
+def test_draws_are_uniform():
+    drawn = images.draws(0, np.arange(20_000))
+    counts = np.bincount(drawn[:, 0] % 9, minlength=9)
+    # Within five deviations of a binomial count.
+    assert np.abs(counts - 20_000 / 9).max() < 5 * np.sqrt(20_000 * 8 / 81)
+    assert abs((drawn[:, 2] & 1).sum() - 10_000) < 5 * np.sqrt(5_000)
+
+
+def test_normalise_is_the_textbook_formula_in_numpy_and_jax():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3)).astype(np.uint8)
+    statistics = images.Statistics((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    expected = (pixels / 255 - np.array(statistics.mean)) / np.array(
+        statistics.deviation
+    )
+    made = images.normalise(pixels, statistics)
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    on_device = images.normalise(jnp.asarray(pixels), statistics)
+    assert on_device.dtype == jnp.float32
+    np.testing.assert_allclose(on_device, expected, atol=1e-5)
+
+
+def test_validation_is_the_test_images_or_held_out_training_images(cifar_dir):
+    def numbers(split, held_out):
+        how = dict(rows=5, seed=0, loop=False, data_dir=cifar_dir, normalised=False)
+        batches = collect(cifar.batches(split, held_out=held_out, **how))
+        return whose(batches)[joined(batches, "weights") == 1].tolist()
+
+    assert numbers("validation", 0) == numbers("test", 0) == numbers("test", 6)
+    assert len(numbers("train", 0)) == SIZE
+    kept, held = numbers("train", 6), numbers("validation", 6)
+    assert (len(kept), len(held)) == (SIZE - 6, 6)
+    assert sorted(kept + held) == list(range(SIZE))
+
+
+def test_what_cannot_be_is_refused(cifar_dir, tmp_path):
+    with pytest.raises(ValueError, match="no split 'valid'.*train, validation, test"):
+        cifar.batches("valid", rows=4, seed=0, loop=True, data_dir=cifar_dir)
+    with pytest.raises(ValueError, match=r"held_out \(37\)"):
+        train(cifar_dir, held_out=37)
+    with pytest.raises(ValueError, match="9 rows do not divide into 2"):
+        train(cifar_dir, rows=9, shard=Shard(0, 2))
+    with pytest.raises(ValueError, match="shard 2 of 2"):
+        train(cifar_dir, shard=Shard(2, 2))
+    with pytest.raises(ValueError, match=r"seed \(-1\)"):
+        train(cifar_dir, seed=-1)
+    with pytest.raises(ValueError, match="no 'cifar11'.*cifar10, cifar100"):
+        train(cifar_dir, dataset="cifar11")
+    missing = str(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=f"cifar10 is not prepared in .*--dataset=cifar10 --data_dir={missing}`",
+    ):
+        train(missing)
+
+
+def test_another_format_is_refused(tmp_path, cifar_dir):
+    path = tmp_path / "cifar10"
+    (version,) = (
+        entry for entry in os.scandir(f"{cifar_dir}/cifar10") if entry.is_dir()
+    )
+    place = path / version.name
+    place.mkdir(parents=True)
+    for entry in pathlib.Path(version.path).iterdir():
+        content = entry.read_bytes()
+        if entry.name == "dataset_info.json":
+            content = content.replace(b'"array_record"', b'"tfrecord"')
+        (place / entry.name.replace("array_record", "tfrecord")).write_bytes(content)
+    with pytest.raises(ValueError, match="tfrecord"):
+        train(str(tmp_path))
+
+
+def real_cifar10():
+    data_dir = os.environ.get("TFDS_DATA_DIR")
+    try:
+        return data_dir if cifar.load("test", data_dir).labels.size == 10_000 else None
+    except ValueError:
+        return None
+
+
+def test_the_real_cifar10_begins_as_it_should():
+    if not (data_dir := real_cifar10()):
+        pytest.skip("CIFAR-10 is not prepared in $TFDS_DATA_DIR")
+    assert cifar.ids("train", 3, data_dir) == [
+        "train_16399",
+        "train_01680",
+        "train_47917",
+    ]
+
+
+# ImageNet
+
+
+def scene(generator, height, width):
+    """A smooth image, as JPEG keeps them: [H, W, 3] uint8."""
+    coarse = generator.integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    image = PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.BICUBIC)
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def imagenet_dir(tmp_path_factory):
+    """ImageNet with 12 training and 5 validation images of several sizes."""
+    data_dir = str(tmp_path_factory.mktemp("imagenet"))
+    generator = np.random.default_rng(0)
+    sizes = [(60, 80), (300, 400), (500, 375), (240, 900)]
+    splits = {
+        split: [
+            {
+                "file_name": f"{split}_{number}.JPEG",
+                "image": stored.jpeg(scene(generator, *sizes[number % 4])),
+                "label": 100 + number,
+            }
+            for number in range(size)
+        ]
+        for split, size in (("train", 12), ("validation", 5))
+    }
+    stored.store("imagenet2012", splits, data_dir)
+    return data_dir
+
+
+def imagenet_batches(data_dir, split="train", **changes):
+    how = dict(rows=4, seed=SEED, loop=True, data_dir=data_dir, normalised=False)
+    return imagenet.batches(split, **how | {"threads": 2} | changes)
+
+
+def test_imagenet_epochs_shards_and_resume(imagenet_dir):
+    dataset = imagenet_batches(imagenet_dir)
+    whole = collect(dataset, 6)
+    labels = joined(whole, "labels").reshape(2, 12)
+    assert all(sorted(epoch) == list(range(100, 112)) for epoch in labels)
+    assert whole[0]["images"].shape == (4, 224, 224, 3)
+    assert whole[0]["images"].dtype == np.uint8
+    iterator = iter(dataset)
+    next(iterator), next(iterator)
+    resumed = iter(dataset)
+    resumed.set_state(iterator.get_state())
+    assert all(map(equal, whole[2:], collect(resumed, 4)))
+    shares = [
+        collect(imagenet_batches(imagenet_dir, shard=Shard(index, 2)), 3)
+        for index in range(2)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=False):
+        assert equal(batch, {n: np.concatenate([p[n] for p in parts]) for n in batch})
+
+
+def test_imagenet_evaluation_drops_nothing(imagenet_dir):
+    batches = collect(imagenet_batches(imagenet_dir, "validation", loop=False))
+    np.testing.assert_array_equal(joined(batches, "weights"), [1] * 5 + [0] * 3)
+    assert sorted(joined(batches, "labels")[:5]) == list(range(100, 105))
+    floats = collect(
+        imagenet_batches(imagenet_dir, "test", loop=False, normalised=True)
+    )
+    expected = images.normalise(joined(batches, "images"), imagenet.STATISTICS)
+    np.testing.assert_array_equal(joined(floats, "images"), expected)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(imagenet_dir, monkeypatch):
+    # Grain asks flags of absl about its workers, which a program has parsed.
+    monkeypatch.setitem(flags.FLAGS.__dict__, "__flags_parsed", True)
+    alone = collect(imagenet_batches(imagenet_dir), 5)
+    dataset = imagenet_batches(imagenet_dir, workers=2)
+    assert all(map(equal, alone, collect(dataset, 5)))
+    iterator = iter(dataset)
+    next(iterator), next(iterator)
+    resumed = iter(dataset)
+    resumed.set_state(iterator.get_state())
+    assert all(map(equal, alone[2:], collect(resumed, 3)))
+    one_pass = collect(
+        imagenet_batches(imagenet_dir, "validation", loop=False, workers=2)
+    )
+    np.testing.assert_array_equal(joined(one_pass, "weights"), [1] * 5 + [0] * 3)
+
+
+def test_random_parts_have_the_areas_and_ratios_asked_for():
+    generator = np.random.default_rng(0)
+    boxes = [imagenet.random_box(500, 375, generator) for _ in range(2000)]
+    left, upper, right, lower = np.array(boxes).T
+    assert left.min() >= 0 and upper.min() >= 0
+    assert right.max() <= 500 and lower.max() <= 375
+    share = (right - left) * (lower - upper) / (500 * 375)
+    ratio = (right - left) / (lower - upper)
+    # Sides are whole pixels.
+    assert 0.079 < share.min() < 0.1 and share.max() > 0.9
+    assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.36
+    # The middle of the ratios is 1: as many wide as tall ones, where all fit.
+    small = share < 0.5
+    assert abs((ratio[small] > 1).mean() - 0.5) < 5 * 0.5 / np.sqrt(small.sum())
+
+
+def test_a_part_of_an_extreme_image_is_the_largest_in_the_middle():
+    # No draw fits a strip: the part would be higher than it.
+    assert imagenet.random_box(1000, 10, np.random.default_rng(0)) == (493, 0, 506, 10)
+    assert imagenet.random_box(10, 1000, np.random.default_rng(0)) == (0, 493, 10, 506)
+
+
+def resized(image, box, size):
+    """Bilinear interpolation with antialiasing, in plain NumPy: [size, size, 3]."""
+
+    def weights(low, high, count):
+        scale = (high - low) / size
+        reach = max(scale, 1.0)
+        centre = low + (np.arange(size) + 0.5) * scale
+        distance = np.abs(np.arange(count) + 0.5 - centre[:, None]) / reach
+        tent = np.maximum(0, 1 - distance)
+        return tent / tent.sum(axis=1, keepdims=True)  # [size, count]
+
+    left, upper, right, lower = box
+    down = weights(upper, lower, image.shape[0])
+    across = weights(left, right, image.shape[1])
+    lines = np.tensordot(down, image.astype(float), (1, 0))  # [size, W, 3]
+    return np.tensordot(lines, across, (1, 1)).transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (120, 90), (1400, 1000)])
+def test_a_random_part_is_resized_with_antialiasing(size):
+    jpeg = stored.jpeg(scene(np.random.default_rng(1), *size))
+    with PIL.Image.open(io.BytesIO(jpeg)) as image:
+        pixels = np.asarray(image)
+    mirrored = set()
+    for seed in range(6):
+        made = imagenet.augmented(jpeg, np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        box = imagenet.random_box(size[1], size[0], generator)
+        expected = resized(pixels, box, 224)
+        mirror = generator.random() < 0.5
+        mirrored.add(mirror)
+        difference = np.abs(made - (expected[:, ::-1] if mirror else expected))
+        # Rounding twice; a JPEG decoded at half size is averaged in another way.
+        assert difference.max() < 6, seed
+        assert difference.mean() < 1, seed
+    assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("size", [(300, 400), (375, 500), (500, 333), (90, 60)])
+def test_evaluation_resizes_and_cuts_the_middle(size):
+    jpeg = stored.jpeg(scene(np.random.default_rng(2), *size))
+    with PIL.Image.open(io.BytesIO(jpeg)) as image:
+        pixels = np.asarray(image)
+    short = min(size)
+    # The middle 224 of 256, in pixels of the original.
+    half = 112 * short / 256
+    down, across = size[0] / 2, size[1] / 2
+    box = (across - half, down - half, across + half, down + half)
+    expected = resized(pixels, box, 224)
+    difference = np.abs(imagenet.middle(jpeg) - expected)
+    # The resized image has whole sides, so pixels lie up to half of one apart.
+    assert difference.mean() < 1.5
+
+
+def test_grey_jpegs_become_three_channels():
+    grey = PIL.Image.fromarray(np.full((300, 300), 77, np.uint8))
+    buffer = io.BytesIO()
+    grey.save(buffer, format="JPEG")
+    for made in (
+        imagenet.middle(buffer.getvalue()),
+        imagenet.augmented(buffer.getvalue(), np.random.default_rng(0)),
+    ):
+        assert made.shape == (224, 224, 3)
+        assert np.abs(made.astype(int) - 77).max() <= 1
+
+
+def test_threads_must_be_some(imagenet_dir):
+    with pytest.raises(ValueError, match=r"threads \(0\)"):
+        imagenet_batches(imagenet_dir, threads=0)
+    assert isinstance(imagenet_batches(imagenet_dir), grain.IterDataset)
