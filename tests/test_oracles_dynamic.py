@@ -262,8 +262,15 @@ def test_what_dies_and_revives_at_once_begins_at_zero():
         lambda **o: tk.snfs(0.9, drop_fraction=1.0, **o),
         lambda **o: tk.srigl(0.9, drop_fraction=1.0, gamma_sal=0.0, **o),
         lambda **o: tk.rigl_itop(0.9, drop_fraction=1.0, **o),
+        lambda **o: tk.granet(
+            0.9, start=0, stop=9, initial_sparsity=0.9, drop_fraction=1.0, **o
+        ),
+        lambda **o: tk.gse(0.9, drop_fraction=1.0, candidates="all", **o),
+        lambda **o: tk.gse(
+            0.9, drop_fraction=1.0, candidates="all", scope="global", **o
+        ),
     ],
-    ids=["snfs", "srigl", "rigl_itop"],
+    ids=["snfs", "srigl", "rigl_itop", "granet", "gse", "gse_global"],
 )
 def test_growth_where_nothing_has_a_gradient_is_spread(make):
     """A peer grew at the lowest positions: all of it in the first rows."""

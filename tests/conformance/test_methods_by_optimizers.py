@@ -86,7 +86,20 @@ MOST = ("momentum", "adamw", "adafactor", "multi_transform_outside")
 ROWS = [(m, "momentum") for m in tk.METHODS]
 COLUMNS = [("top_kast", o) for o in OPTIMIZERS]
 COLUMNS += [(m, o) for m in ("rigl", "magnitude") for o in MOST]
-DEFAULT = list(dict.fromkeys(ROWS + COLUMNS))
+DYNAMIC = (
+    "granet",
+    "acdc",
+    "rigl_itop",
+    "snfs",
+    "mest",
+    "srigl",
+    "dsr",
+    "deep_r",
+    "gse",
+)
+# Another optimizer for some: what it does to a state hangs little on the method.
+DIAGONAL = [("gse", "adafactor"), ("dsr", "multi_steps_outside")]
+DEFAULT = list(dict.fromkeys(ROWS + COLUMNS + DIAGONAL))
 REST = [(m, o) for m in tk.METHODS for o in OPTIMIZERS if (m, o) not in DEFAULT]
 
 

@@ -134,6 +134,7 @@ TREES: dict[str, Callable[[], Model]] = {
     "none_leaves": none_leaves,
 }
 CELLS = [(m, t) for m in ("top_kast", "rigl") for t in TREES]
+CELLS += [("gse", "nnx_state")]
 REST = [(m, t) for m in tk.METHODS for t in TREES if (m, t) not in CELLS]
 
 

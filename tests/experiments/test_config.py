@@ -117,6 +117,20 @@ def test_open_steps_are_shares_of_the_run() -> None:
         made("method=acdc", last=1500)
 
 
+REFRESHED = [
+    name
+    for name in tk.METHODS
+    if "refresh" in quickstart.get_config(f"method={name}").sparse
+]
+
+
+@pytest.mark.parametrize("method", REFRESHED)
+def test_a_method_that_never_fires_is_refused(method: str) -> None:
+    message = r"sparse.refresh=1500 .* never falls within steps=1500"
+    with pytest.raises(ValueError, match=message):
+        made(f"method={method}", refresh=1500)
+
+
 def test_a_dense_beginning() -> None:
     """Steps of the method count from there, and none falls after the run."""
     assert due_at(made("method=rigl", begin=450)) == [450, *range(550, 1500, 100)]

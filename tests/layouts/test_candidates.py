@@ -93,7 +93,6 @@ STRUCTURES = {
 CELLS = [
     ("uniform", "fan_in_blocks", PLAIN),
     ("grabo", "blocks", STACKED),
-    ("grabo", "groups_of_blocks", PLAIN),
 ]
 REST = [
     (candidates, structure, shape)

@@ -99,6 +99,12 @@ def dynamic() -> dict[str, tk.Method]:
         "dsr": tk.dsr(0.75, threshold=0.0625, **due),
         "deep_r": tk.deep_r(0.75, l1=0.0625, temperature=2.0**-5, **due),
         "srigl": tk.srigl(0.75, gamma_sal=0.9, **due),
+        "mest": tk.mest(0.75, weight=0.5, **due),
+        "rigl_itop": tk.rigl_itop(0.75, **due),
+        "granet": tk.granet(0.75, start=0, stop=8, **due),
+        "acdc": tk.acdc(
+            0.75, warmup=REFRESH, compressed=REFRESH, dense=REFRESH, last=99
+        ),
     }
 
 

@@ -71,7 +71,10 @@ def run(full: bool) -> None:
     """What is moved between devices, beside the dense step with the same sharding."""
     adam = optax.adam(0.01)
     smallest = min(p.size for p in jax.tree.leaves(parameters()) if p.ndim > 1)
-    cells = [("auto", ["top_kast", "rigl", "snfs"]), ("explicit", ["top_kast_random"])]
+    cells = [
+        ("auto", ["top_kast", "rigl", "snfs", "gse"]),
+        ("explicit", ["top_kast_random", "deep_r"]),
+    ]
     every = methods() | dynamic()
     if full:
         cells = [(kind, list(every)) for kind in KINDS]

@@ -51,7 +51,7 @@ def test_losses_agree_over_twenty_steps() -> None:
 
 @pytest.mark.slow
 def test_init_and_refresh_are_equal_on_every_mesh() -> None:
-    judge_refresh(run_suite("refresh", full=True), cells=54)
+    judge_refresh(run_suite("refresh", full=True), cells=78)
 
 
 @pytest.mark.slow
