@@ -25,8 +25,8 @@ from ml_collections.config_dict import placeholder
 from configs import common, sparse
 
 MODELS = {
-    "resnet56": dict(name="resnet_cifar", depth=56),
-    "resnet20": dict(name="resnet_cifar", depth=20),
+    "resnet56": dict(name="resnet_cifar", depth=56, width=16),
+    "resnet20": dict(name="resnet_cifar", depth=20, width=16),
     "vgg16": dict(name="vgg"),
     "vit": dict(name="vit"),
 }
@@ -99,7 +99,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.sparse = sparse.settings(
         chosen,
         refresh=2 if smoke else 50 if small else 1000,
-        where="stage_*kernel" if smoke else "",
+        where="stage_2_*kernel" if smoke else "",
         distribution="erdos_renyi",
     )
     if "drop_fraction" in config.sparse:

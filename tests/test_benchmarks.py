@@ -18,6 +18,7 @@ from benchmarks import (
     peak,
     probe,
     problems,
+    replicas,
     select,
     step,
     timing,
@@ -41,6 +42,12 @@ def test_step_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"| {row} " in out
     assert "Top-KAST" not in out
     assert "nan" not in out
+
+
+def test_replicas_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    replicas.main(["--quick"])
+    out = capsys.readouterr().out
+    assert "| dense " in out and "| Top-KAST 90/80 " in out and "nan" not in out
 
 
 def test_layouts_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

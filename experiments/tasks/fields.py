@@ -27,8 +27,8 @@ def build(
       ValueError: an unknown or missing field, or an unknown dtype.
     """
     fields: Any = getattr(model, "__dataclass_fields__")  # noqa: B009 not of a type
-    taken = set(fields) - OF_FLAX - fixed.keys()
-    if unknown := sorted(settings.keys() - taken - set(also)):
+    taken = set(fields) - OF_FLAX - set(fixed)
+    if unknown := sorted(set(settings) - taken - set(also)):
         raise ValueError(
             f"config.model has unknown keys {', '.join(unknown)}; "
             f"possible are {', '.join(sorted(taken | set(also)))}"

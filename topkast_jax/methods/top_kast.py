@@ -44,8 +44,9 @@ def top_kast(
 
         R(theta_i) = |theta_i|_p on A,  |theta_i|_p / D on B \\ A,  0 elsewhere,
 
-    with D = k_A / size, the forward density (of units, where a structure is given). The paper prints the L1 norm and calls it
-    L2; L2 is `lambda / 2 * theta^2` here, so its gradient is lambda * theta.
+    with D = k_A / size, the forward density (of units, where a structure is given). The
+    paper prints the L1 norm and calls it L2; L2 is `lambda / 2 * theta^2` here, so its
+    gradient is lambda * theta.
 
     Corner cases: equal sparsities give A = B; `backward_sparsity=0` gives B =
     everything. `stop=0` fixes the initial selection.
