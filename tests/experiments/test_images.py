@@ -39,6 +39,7 @@ for loop in (True, False):
         for image, weight in zip(batch["images"], batch["weights"])
         if weight
     ]))
+assert not any(m.split(".")[0] == "tensorflow" for m in sys.modules)
 """
 SIZE = 37  # images of the small CIFAR-10
 SEED = 5
