@@ -227,11 +227,15 @@ def check(path: pathlib.Path, dataset: str, known: files.Known) -> None:
 @contextlib.contextmanager
 def _accepted(cls: Any, url: str, path: pathlib.Path) -> Iterator[None]:
     """Within it, TFDS takes an archive whose content was checked for the one of `url`."""
+    before = vars(cls).get("url_infos")
     cls.url_infos = {url: tfds.download.checksums.compute_url_info(path)}
     try:
         yield
     finally:
-        del cls.url_infos  # that of the class above shows again
+        if before is None:
+            del cls.url_infos  # that of the class above shows again
+        else:
+            cls.url_infos = before
 
 
 def _opened(dataset: str, data_dir: str | None) -> Any:

@@ -1,5 +1,6 @@
 """Files that a user puts in place: found, whole, and the right ones, or an error."""
 
+import contextlib
 import hashlib
 import pathlib
 from collections.abc import Iterator
@@ -73,6 +74,17 @@ def blocks(file: BinaryIO, total: int, size: int = BLOCK) -> Iterator[bytes]:
     while total > 0 and (block := file.read(min(size, total))):
         yield block
         total -= len(block)
+
+
+@contextlib.contextmanager
+def discarded_if_wrong(path: pathlib.Path) -> Iterator[None]:
+    """Removes a downloaded file that a check within refuses: TFDS would keep it."""
+    try:
+        yield
+    except ValueError:
+        path.unlink()
+        path.with_name(f"{path.name}.INFO").unlink(missing_ok=True)  # TFDS' notes
+        raise
 
 
 def first_of(folder: str, names: tuple[str, ...], source: str) -> pathlib.Path:

@@ -116,9 +116,11 @@ class Wikitext103Words(tfds.core.GeneratorBasedBuilder):
         text = self.builder_config
         if self._manual_dir is None:
             path = pathlib.Path(dl_manager.download(URL))
+            with files.discarded_if_wrong(path):
+                check(path, text)
         else:
             path = find(text.name, self._manual_dir)
-        check(path, text)
+            check(path, text)
         counters = {split: count(path, split) for split in text.tokens}
         words = vocabularies.by_frequency([counters[split] for split in text.counted])
         _require_counts(path, text, counters, len(words))

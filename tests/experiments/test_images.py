@@ -6,8 +6,11 @@ makes of the archives is in test_prepare.py.
 
 import io
 import itertools
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import grain
 import jax.numpy as jnp
@@ -20,6 +23,24 @@ from absl import flags
 from experiments.data import cifar, imagenet, images
 from experiments.data.shard import Shard
 
+# One of two processes: the images of its share of 37 batches of 2, and of one pass.
+ONE_OF_TWO = """
+import itertools, json, sys
+from experiments.data import cifar
+from experiments.data.shard import Shard
+
+data_dir, number = sys.argv[1], int(sys.argv[2])
+how = dict(rows=2, seed=5, data_dir=data_dir, normalised=False, shard=Shard(number, 2))
+for loop in (True, False):
+    batches = cifar.batches("train", loop=loop, **how)
+    print(json.dumps([
+        int(image[..., 0].max()) - 1
+        for batch in itertools.islice(batches, 37)
+        for image, weight in zip(batch["images"], batch["weights"])
+        if weight
+    ]))
+assert not any(m.split(".")[0] == "tensorflow" for m in sys.modules)
+"""
 SIZE = 37  # images of the small CIFAR-10
 SEED = 5
 
@@ -135,6 +156,28 @@ def test_shards_are_disjoint_and_add_up_to_the_batches(cifar_dir, loop):
     if not loop:
         assert not one & two
         assert one | two == set(range(SIZE))
+
+
+def test_two_processes_see_disjoint_shares_of_an_epoch(cifar_dir):
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO, cifar_dir, str(number)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    (train_0, pass_0), (train_1, pass_1) = (
+        map(json.loads, text.splitlines()) for text in said
+    )
+    # Row 0 of each batch is the first one's, row 1 the second one's.
+    drawn = [n for pair in zip(train_0, train_1, strict=True) for n in pair]
+    everything = list(range(SIZE))
+    assert sorted(drawn[:SIZE]) == sorted(drawn[SIZE:]) == everything
+    assert not set(pass_0) & set(pass_1)
+    assert sorted(pass_0 + pass_1) == everything
 
 
 def _joined(batches):

@@ -1,10 +1,13 @@
 """The builders of enwik8 and WikiText-103, on small texts of the same form, and streams
 of what they store."""
 
+import functools
 import hashlib
+import http.server
 import itertools
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -31,6 +34,27 @@ assert not any(m.split(".")[0] == "tensorflow" for m in sys.modules)
 def known(content, algorithm="sha256"):
     digest = hashlib.new(algorithm, content).hexdigest()
     return files.Known(len(content), digest, algorithm)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files of a folder without a word."""
+
+    def log_message(self, *arguments):
+        del arguments
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder, and the address at which its files can be downloaded."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 # enwik8
@@ -87,6 +111,28 @@ def test_an_archive_serves_as_well(small, tmp_path):
     path.unlink()
     prepare(tmp_path)
     assert enwik8.load("test", str(tmp_path / "data")).tobytes() == small[900:]
+
+
+def test_it_is_downloaded_without_a_folder(small, web, monkeypatch, tmp_path):
+    folder, address = web
+    with zipfile.ZipFile(folder / "enwik8.zip", "w") as made:
+        made.writestr("enwik8", small)
+    monkeypatch.setattr(enwik8, "URL", f"{address}/enwik8.zip")
+    enwik8.prepare("enwik8", str(tmp_path / "data"), quiet=True)
+    assert enwik8.load("test", str(tmp_path / "data")).tobytes() == small[900:]
+
+
+def test_a_wrong_download_is_refused(small, web, monkeypatch, tmp_path):
+    folder, address = web
+    with zipfile.ZipFile(folder / "enwik8.zip", "w") as made:
+        made.writestr("enwik8", small[:-1])
+    monkeypatch.setattr(enwik8, "URL", f"{address}/enwik8.zip")
+    with pytest.raises(ValueError, match="holds 999 bytes of text, expected 1,000"):
+        enwik8.prepare("enwik8", str(tmp_path / "data"), quiet=True)
+    # The next try downloads anew.
+    with zipfile.ZipFile(folder / "enwik8.zip", "w") as made:
+        made.writestr("enwik8", small)
+    enwik8.prepare("enwik8", str(tmp_path / "data"), quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +307,18 @@ def test_an_archive_of_the_words_serves_as_well(wiki, monkeypatch, tmp_path):
     other = tmp_path / "other"
     with pytest.raises(ValueError, match=r"wikitext-103-v1\.zip.*it is another file"):
         wikitext103.prepare("wikitext103", str(other), str(tmp_path / "manual"))
+
+
+def test_the_archive_of_the_words_is_downloaded(wiki, web, monkeypatch, tmp_path):
+    folder, address = web
+    with zipfile.ZipFile(folder / wikitext103.ARCHIVE, "w") as archive:
+        for split, name in wikitext103.NAMES.items():
+            archive.writestr(f"wikitext-103/{name}", wiki[split])
+    whole = (folder / wikitext103.ARCHIVE).read_bytes()
+    monkeypatch.setattr(wikitext103, "ZIPPED", known(whole))
+    monkeypatch.setattr(wikitext103, "URL", f"{address}/{wikitext103.ARCHIVE}")
+    wikitext103.prepare("wikitext103", str(tmp_path / "data"), quiet=True)
+    assert read_wiki(tmp_path, "test") == ["b", "b", "<eos>", "c", "<eos>"]
 
 
 def test_held_out_text_alone_has_a_name_and_a_vocabulary_of_its_own(wiki, tmp_path):
