@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.data.shard import WHOLE, Shard
 from experiments.tasks.shared import is_shared
 
 AXES = ("data", "fsdp")
@@ -96,6 +97,54 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
         return jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
 
     return jax.tree.map(one, tree, shardings)
+
+
+def own_rows(mesh: Mesh) -> Shard:
+    """Which rows of every batch the devices of this process hold.
+
+    All of them (`WHOLE`) where they are no equal share of neighbours: each process then
+    makes whole batches.
+    """
+    mine = [
+        number
+        for number, device in enumerate(mesh.devices.flat)
+        if device.process_index == jax.process_index()
+    ]
+    first, count = (mine[0], len(mine)) if mine else (0, mesh.size)
+    neighbours = mine == list(range(first, first + count))
+    if not neighbours or mesh.size % count or first % count:
+        return WHOLE
+    return Shard(first // count, mesh.size // count)
+
+
+def place_batch(batch: PyTree, mesh: Mesh, shard: Shard) -> PyTree:
+    """A batch of which every process made its own rows, on the devices of all.
+
+    Args:
+      batch: of NumPy arrays, the rows of `shard` alone.
+      mesh: from `make`.
+      shard: from `own_rows`.
+    Raises:
+      ValueError: rows that the mesh does not divide.
+    """
+
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        x = np.asarray(x)
+        rows = (shard.count * x.shape[0], *x.shape[1:]) if x.ndim else ()
+        return jax.ShapeDtypeStruct(rows, x.dtype)
+
+    shapes = jax.tree.map(whole, batch)
+    shardings = batch_shardings(mesh, shapes, "batch")
+    if shard == WHOLE:
+        return place(batch, shardings)
+    return jax.tree.map(
+        lambda x, s, shape: jax.make_array_from_process_local_data(
+            s, np.asarray(x), shape.shape
+        ),
+        batch,
+        shardings,
+        shapes,
+    )
 
 
 def place_key(key: jax.Array, mesh: Mesh) -> jax.Array:

@@ -41,6 +41,7 @@ from experiments import state as states
 from experiments.assembly import assemble
 from experiments.checkpoint import Checkpoints
 from experiments.config import Watched, as_json, require, require_all_read
+from experiments.data.shard import WHOLE
 from experiments.interrupt import Interrupts
 from experiments.position import (
     Position,
@@ -109,10 +110,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         trace = Trace(cfg.get("profile"), workdir / "profile")
         mesh, task, method = run.mesh, run.task, run.method
         abstract = run.abstract()  # what does not fit together is said now
-        data = iter(task.batches("train", seed=cfg.seed, loop=True))
+        shard = meshes.own_rows(mesh)
+        own = {} if shard == WHOLE else {"shard": shard}
+        data = iter(task.batches("train", seed=cfg.seed, loop=True, **own))
         data_start, batch = data.get_state(), next(data)
-        rows = len(jax.tree.leaves(batch)[0])
-        batch_shardings = meshes.batch_shardings(mesh, batch, "batch")
+        rows = shard.count * len(jax.tree.leaves(batch)[0])
+        batch = meshes.place_batch(batch, mesh, shard)
         evaluation = evaluate.evaluator(task, mesh, cfg.eval_batches)
         checkpoints = Checkpoints(workdir, cfg.keep, warn=log.warn)
 
@@ -160,7 +163,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         log.Log(told, step=at.step if restored else None, steps=cfg.steps) as out,
     ):
         key = meshes.place_key(run.step_key, mesh)
-        arguments = (meshes.place(batch, batch_shardings), key, np.int32(0))
+        arguments = (batch, key, np.int32(0))
         began = time.perf_counter()
         compiled_for = _shapes(state)
         step = run.compile(state, *arguments)
@@ -209,7 +212,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 at.batches += 1
                 if at.batches in passed_over:
                     continue
-                placed = meshes.place(batch, batch_shardings)
+                placed = meshes.place_batch(batch, mesh, shard)
                 inputs = (placed, key, np.int32(at.step))
                 found = refresh.before(state, at.step, *inputs) if refresh else None
                 state, measures = step(state, *inputs)

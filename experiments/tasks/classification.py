@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 import topkast_jax as tk
 from experiments.data import cifar, imagenet, images
+from experiments.data.shard import WHOLE, Shard
 from experiments.models.resnet import ResNet
 from experiments.models.resnet_cifar import CifarResNet
 from experiments.models.vgg import VGG
@@ -157,7 +158,9 @@ def classification(config: Config) -> Task:
         count = jnp.sum(weights)
         return {k: (jnp.sum(v * weights), count) for k, v in found.items()}, seen
 
-    def batches(split: str, *, seed: int, loop: bool) -> grain.IterDataset:
+    def batches(
+        split: str, *, seed: int, loop: bool, shard: Shard = WHOLE
+    ) -> grain.IterDataset:
         return data.batches(
             split,
             rows=rows,
@@ -165,6 +168,7 @@ def classification(config: Config) -> Task:
             loop=loop,
             data_dir=source,
             held_out=held_out,
+            shard=shard,
             normalised=False,  # a quarter of the bytes on the way to a device
         )
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 import topkast_jax as tk
 from experiments.data import enwik8, stream, tiny_shakespeare, wikitext103
+from experiments.data.shard import WHOLE, Shard
 from experiments.models.memory import Memory, forget
 from experiments.models.transformer_xl import TransformerXL
 from experiments.tasks import fields
@@ -203,10 +204,14 @@ def language_model(config: Config) -> Task:
             return means
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
-    def batches(split: str, *, seed: int, loop: bool) -> grain.IterDataset:
+    def batches(
+        split: str, *, seed: int, loop: bool, shard: Shard = WHOLE
+    ) -> grain.IterDataset:
         ids = source.load(split, data_dir)  # [N]
         at_once, length = (rows, segment) if loop else held_out[1:]
-        return stream.segments(ids, rows=at_once, segment=length, seed=seed, loop=loop)
+        return stream.segments(
+            ids, rows=at_once, segment=length, seed=seed, loop=loop, shard=shard
+        )
 
     tokens = jax.ShapeDtypeStruct((rows, segment), jnp.int32)
     memory = jax.eval_shape(lambda: model.initial_memory(rows))

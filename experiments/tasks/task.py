@@ -29,7 +29,8 @@ class Task(NamedTuple):
         what counts in the batch, `aux` a dict of scalars; `key` is for dropout.
       metrics: (alpha, carry, batch) -> (sums, carry). `sums` maps a name to a pair
         (sum, count); add both over the batches, then divide.
-      batches: (split, *, seed, loop) -> grain.IterDataset of dicts of NumPy arrays with
+      batches: (split, *, seed, loop, shard=WHOLE) -> grain.IterDataset of dicts of NumPy
+        arrays, of the rows of a share (`experiments.data.shard`) of a batch with
         `config.batch_size` rows; its iterators have get_state and set_state. Endless
         and drawn by `seed` with loop=True, else one pass in order, nothing dropped, for
         which a task may take other rows.

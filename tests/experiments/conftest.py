@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import tasks
+from experiments.data.shard import WHOLE, Shard
 
 ROWS, WIDTH, HIDDEN = 8, 16, 32
 
@@ -18,8 +19,9 @@ ROWS, WIDTH, HIDDEN = 8, 16, 32
 class Draws:
     """Batch i is a function of i: inputs, and what a fixed teacher says of them."""
 
-    def __init__(self, seed: int, count: int) -> None:
+    def __init__(self, seed: int, count: int, shard: Shard = WHOLE) -> None:
         self.seed, self.count = seed, count
+        self.rows = np.asarray(shard.rows(ROWS))
         self.teacher = np.random.default_rng(99).normal(size=(WIDTH, 1))
 
     def __len__(self) -> int:
@@ -27,7 +29,7 @@ class Draws:
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
         draw = np.random.default_rng((self.seed, int(index)))
-        x = draw.normal(size=(ROWS, WIDTH))
+        x = draw.normal(size=(ROWS, WIDTH))[self.rows]
         y = np.tanh(x @ self.teacher)
         return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
 
@@ -66,10 +68,12 @@ def tiny_task(config: Any) -> tasks.Task:
         squares, seen = error(alpha, seen, batch)
         return {"loss": (jnp.sum(squares), jnp.float32(squares.size))}, seen
 
-    def batches(split: str, *, seed: int, loop: bool) -> grain.IterDataset:
+    def batches(
+        split: str, *, seed: int, loop: bool, shard: Shard = WHOLE
+    ) -> grain.IterDataset:
         if split not in ("train", "validation", "test"):
             raise ValueError(f"no split {split!r}")
-        source = Draws(seed, 1 << 40) if loop else Draws(len(split), 3)
+        source = Draws(seed, 1 << 40, shard) if loop else Draws(len(split), 3)
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         return grain.MapDataset.source(source).to_iter_dataset(options)
 

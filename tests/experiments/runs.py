@@ -101,8 +101,8 @@ def hook_training_data(
     def hooked(config: Any) -> tasks.Task:
         task = make(config)
 
-        def batches(split: str, *, seed: int, loop: bool) -> Any:
-            data = task.batches(split, seed=seed, loop=loop)
+        def batches(split: str, *, loop: bool, **how: Any) -> Any:
+            data = task.batches(split, loop=loop, **how)
             return HookedData(data, hook) if loop else data
 
         return task._replace(batches=batches)
