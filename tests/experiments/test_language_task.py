@@ -11,8 +11,9 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import tasks
-from experiments.data import tiny_shakespeare
+from experiments import evaluate, tasks
+from experiments import mesh as meshes
+from experiments.data import tiny_shakespeare, wikitext103
 
 B, T, M, D, H, E, INNER, L = 2, 8, 6, 16, 2, 8, 24, 2
 
@@ -186,7 +187,7 @@ def test_dropout_follows_the_key(data_dir):
         ({"model.dropout": 1.0}, r"config.model.dropout is 1.0.*\[0, 1\)"),
         ({"model.norm": "middle"}, "config.model.norm is 'middle'.*'pre' and 'post'"),
         ({"batch_size": 0}, "config.batch_size is 0"),
-        ({"task": "chess"}, "config.task is 'chess'; possible are language_model"),
+        ({"task": "chess"}, "config.task is 'chess'; possible are classification, language_model"),
     ],
 )
 def test_bad_settings_are_named(change, message):
@@ -201,4 +202,62 @@ def test_missing_setting_is_named():
     config = make_config()
     del config.model.d_inner
     with pytest.raises(ValueError, match="config.model.d_inner is None"):
+        tasks.make(config)
+
+
+def reading(monkeypatch, config, **evaluation):
+    """Metrics of one row of 33 random bytes, with parameters of seed 0."""
+    ids = np.random.default_rng(0).integers(256, size=33).astype(np.uint8)
+    monkeypatch.setattr(tiny_shakespeare, "load", lambda split, data_dir: ids)
+    config.evaluation = evaluation
+    task = tasks.make(config)
+    params, _ = jax.jit(task.init)(jax.random.key(0))
+    return evaluate.evaluator(task, meshes.make(""))(params, "validation")
+
+
+def test_evaluation_by_short_segments_with_a_long_memory_is_by_one_long_segment(
+    monkeypatch,
+):
+    config = make_config()
+    whole = reading(monkeypatch, config, rows=1, segment=32, memory=0)
+    short = reading(monkeypatch, config, rows=1, segment=4, memory=32)
+    forgetful = reading(monkeypatch, config, rows=1, segment=4, memory=4)
+    assert short["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert forgetful["loss"] != pytest.approx(whole["loss"], rel=1e-5)
+    clamped = reading(monkeypatch, config, rows=1, segment=4, memory=32, clamp=2)
+    assert clamped["loss"] != pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"memory": -1}, "config.evaluation.memory is -1; it must be an integer of"),
+        ({"rows": 0}, "config.evaluation.rows is 0"),
+        ({"length": 3}, "config.evaluation has unknown keys length; possible are rows"),
+    ],
+)
+def test_evaluations_that_make_no_sense(evaluation, message):
+    config = make_config()
+    config.evaluation = evaluation
+    with pytest.raises(ValueError, match=message):
+        tasks.make(config)
+
+
+def test_words_have_a_perplexity_and_no_bits(monkeypatch):
+    words = wikitext103.TEXTS["wikitext103_heldout_vocabulary"].words
+    ids = np.random.default_rng(0).integers(words, size=40).astype(np.int32)
+    monkeypatch.setattr(wikitext103, "load", lambda split, data_dir, name: ids)
+    config = make_config(cutoffs=(1000, 4000), div_val=2, d_embed=D)
+    config.dataset = "wikitext103_heldout_vocabulary"
+    task = tasks.make(config)
+    params, _ = jax.jit(task.init)(jax.random.key(0))
+    found = evaluate.evaluator(task, meshes.make(""))(params, "test")
+    assert set(found) == {"loss", "perplexity"}
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_a_text_that_is_none():
+    config = make_config()
+    config.dataset = "wikitext2"
+    with pytest.raises(ValueError, match="config.dataset is 'wikitext2'; possible are"):
         tasks.make(config)
