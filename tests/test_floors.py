@@ -6,10 +6,12 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
-    ["distribution", "schedule", "score", "select", "apportion", "structure", "grid", "pairs"],
+    ["distribution", "schedule", "score", "select", "apportion", "structure", "halving", "grid",
+     "portion", "pairs"],
     ["layouts", "forward", "ops", "activations"],
     ["methods"],
-    ["mixture", "plan", "transformation", "statistics", "faults", "sets", "sharding", "packed", "refresh", "convert", "probe",
+    ["mixture", "plan", "transformation", "statistics", "faults", "sets", "sharding", "packing", "moments",
+     "packed", "start", "shapes", "job", "refresh", "convert", "probe",
      "optimizer", "health", "drop_in", "mask_files", "matching", "metrics"],
     ["flax"],
 ]  # fmt: skip

@@ -10,11 +10,12 @@ import topkast_jax as tk
 from topkast_jax import pairs
 from topkast_jax._trees import axes
 from topkast_jax.forward import listed
-from topkast_jax.grid import ceiling
 from topkast_jax.grid import grid as grid_of
-from topkast_jax.layouts.host import HostLeaf, set_of
+from topkast_jax.layouts.host import HostLeaf
 from topkast_jax.layouts.masked import MaskedLeaf
 from topkast_jax.layouts.packed import Index, PackedLeaf
+from topkast_jax.layouts.selections import set_of
+from topkast_jax.portion import ceiling
 
 KEY = jax.random.key(3)
 

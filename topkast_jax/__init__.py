@@ -60,12 +60,13 @@ from topkast_jax.methods import (
 )
 from topkast_jax.mixture import groups
 from topkast_jax.optimizer import sparse
-from topkast_jax.packed import due, fan_in_normal, shapes, start
+from topkast_jax.packed import due
 from topkast_jax.plan import Plan
 from topkast_jax.probe import Found, probe, probe_candidates, probe_leaf
 from topkast_jax.refresh import Chosen, choose, refresh
 from topkast_jax.schedule import at, cosine, cubic, every, first_due
 from topkast_jax.select import random_k, top_k, top_k_tree
+from topkast_jax.shapes import shapes
 from topkast_jax.sharding import (
     gather_groups,
     own_slices,
@@ -74,6 +75,7 @@ from topkast_jax.sharding import (
     sharding_specs,
     state_shardings,
 )
+from topkast_jax.start import fan_in_normal, start
 from topkast_jax.statistics import Tapped, Taps, observe, tap, taps
 from topkast_jax.structure import (
     Structure,

@@ -13,12 +13,12 @@ from topkast_jax import _trees, forward
 from topkast_jax import plan as plan_lib
 from topkast_jax._trees import Parameter
 from topkast_jax._types import LeafMasks, PyTree, SparseState
-from topkast_jax.layouts import host
+from topkast_jax.layouts import selections
 from topkast_jax.layouts import share as shares
 from topkast_jax.layouts import store as stores
 from topkast_jax.layouts.packed import Index
 from topkast_jax.layouts.store import Folder, Store
-from topkast_jax.packed import indexed, state_of, taken, wide
+from topkast_jax.packing import indexed, state_of, taken, wide
 from topkast_jax.transformation import Recipe, recipe_of
 
 
@@ -190,9 +190,9 @@ def _packed(
     for site in plan_lib.sites(recipe.method, recipe.axes, flat):
         i = site.index
         pair = (np.asarray(m[i]) for m in (forward_, backward))
-        sets = LeafMasks(*(host.set_of(site.grid, mask) for mask in pair))
+        sets = LeafMasks(*(selections.set_of(site.grid, mask) for mask in pair))
         share = shares.whole(site.grid)
-        numbers = host.numbered(site.grid, sets, len(share.own))
+        numbers = selections.numbered(site.grid, sets, len(share.own))
         indices[i] = indexed(numbers, sets, share, recipe)
         units = site.grid.to_units(np.asarray(flat[i].array))
         if site.method.reservoir:

@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
 from topkast_jax._types import Axes, Counts
+from topkast_jax.halving import total
 from topkast_jax.structure import Structure, along_of
 
 
@@ -340,84 +340,6 @@ class Grid:
         slices = self.whole[0]
         mask = mask.reshape(slices, self.count, *(1 for _ in self.unit))
         return self.from_units(jnp.broadcast_to(mask, (slices, self.count, *self.unit)))
-
-
-def total(x: Any, axes: int) -> Any:
-    """Sum over the last `axes` axes, the same to the last bit on any backend.
-
-    By additions of halves: a library's own reduction adds in an order of its own on
-    every backend, so that two layouts would choose different units.
-    """
-    if x.dtype.itemsize < 4:  # sums of small floats are rounded as a compiler likes
-        x = x.astype(np.float32)
-    shape = x.shape[: x.ndim - axes]
-    x = x.reshape(*shape, math.prod(x.shape[x.ndim - axes :]))
-    while x.shape[-1] > 1:
-        half, odd = divmod(x.shape[-1], 2)
-        last = x[..., 2 * half :]
-        x = x[..., :half] + x[..., half : 2 * half]
-        if odd:
-            where: Any = np if isinstance(x, np.ndarray) else jnp
-            x = where.concatenate([x[..., :-1], x[..., -1:] + last], axis=-1)
-    return x.reshape(shape)
-
-
-_PORTION = 2**32 - 1
-"""Folded into a leaf's key for `portion`; no slice has this number."""
-
-
-def ceiling(share: Any, k: Any) -> Any:
-    """ceil(share * k), where a product within a millionth of an integer is that integer.
-
-    In floating point .07 * 100 is above 7, and differently so in every precision.
-
-    Args:
-      share: a number or a traced scalar.
-      k: an int, or an integer array.
-    Returns:
-      An int; int32 where something is an array.
-    Example:
-      >>> ceiling(0.07, 100), ceiling(0.2, 11)
-      (7, 3)
-    """
-    product = share * k
-    if isinstance(product, Array):
-        nearest = jnp.round(product)
-        same = abs(product - nearest) <= 1e-6 * product
-        return jnp.where(same, nearest, jnp.ceil(product)).astype(jnp.int32)
-    nearest = round(product)
-    same = abs(product - nearest) <= 1e-6 * product
-    return nearest if same else math.ceil(product)
-
-
-def portion(share: Any, k: Any, grid: Grid, key: jax.Array, up: bool = False) -> Any:
-    """`share * k` as a number of units of a selection.
-
-    Rounded. Where a slice has several selections or groups, each is rounded up or down at random,
-    so that the total comes out: 0.3 of 1 would be 0 in each of them.
-
-    Args:
-      share: in [0, 1], a number or a traced scalar.
-      k: units that a selection keeps: an int, a traced scalar, or as many numbers as
-        `Leaf.count` gives.
-      grid: the units.
-      key: of the leaf at this step.
-      up: rounded up, where a slice is one selection.
-    Returns:
-      An int, a scalar, or an array with one number for each selection, in the shape of
-      `grid.array` with 1 for the axes within.
-    """
-    wanted = share * (k if isinstance(k, int) else jnp.asarray(k, jnp.float32))
-    if grid.selections * grid.structure.parts == 1:
-        if up:
-            return ceiling(share, k)
-        if not isinstance(wanted, Array):
-            return round(wanted)
-        return jnp.minimum(jnp.round(wanted).astype(jnp.int32), k)
-    within = grid.roles.within
-    shape = [1 if a in within else n for a, n in enumerate(grid.array)]
-    noise = jax.random.uniform(jax.random.fold_in(key, jnp.uint32(_PORTION)), shape)
-    return jnp.minimum(jnp.floor(wanted + noise).astype(jnp.int32), k)
 
 
 def _raveled(places: Sequence[Any], shape: Sequence[int]) -> Any:

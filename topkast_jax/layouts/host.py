@@ -11,19 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from topkast_jax import draw
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Score
-from topkast_jax.grid import Grid, portion, total
+from topkast_jax.grid import Grid
+from topkast_jax.halving import total
+from topkast_jax.layouts.selections import Set, contains, set_of, to_keys, to_units
 from topkast_jax.pairs import draw as draw_pairs
-
-Set = Int[np.ndarray, " _"]
-"""A set of units: sorted int64, selection * size + position within the selection.
-
-Selections have the numbers that they have in the whole parameter, also where a process
-holds some of its slices (`layouts.share`).
-"""
+from topkast_jax.portion import portion
 
 _FEW = 64
 """Up to so many selections are worth a pass of their own."""
@@ -95,7 +90,7 @@ class HostLeaf:
         places = self.places
         if places is None:
             places = np.broadcast_to(np.arange(self.size), units.shape)
-        slices, number = _to_units(self.grid, self._keys(places).reshape(-1))
+        slices, number = to_units(self.grid, self._keys(places).reshape(-1))
         order = np.argsort(slices, kind="stable")
         shape = (len(self.rows) // self.grid.selections, -1)
         chosen = _top_rows(
@@ -121,9 +116,9 @@ class HostLeaf:
         wider = dataclasses.replace(self, value=values, grad=grads, places=places)
         units = total(np.asarray(score(wider, self.memory)), len(self.grid.unit))
         keys = self._keys(places)
-        taken = _contains(outside, keys)
+        taken = contains(outside, keys)
         if among is not None:
-            taken |= ~_contains(among, keys)
+            taken |= ~contains(among, keys)
         units = np.where(taken, -np.inf, units)
         ranks = draw.ranks_on_host(self.key, places, self.size, self.rows)
         chosen = _top_rows(units, _per_row(k, len(units)), ranks)
@@ -143,7 +138,7 @@ class HostLeaf:
             ranks = min(ranks, 2**bits)
             places = draw.positions_on_host(self.key, self.rows, ranks, self.size)
             keys = self._keys(places)
-            free = (places < self.size) & ~_contains(taken, keys)
+            free = (places < self.size) & ~contains(taken, keys)
             order = np.cumsum(free, axis=1)
             if ranks == 2**bits or (order[:, -1] >= wanted).all():
                 return np.sort(keys[free & (order <= wanted[:, None])])
@@ -152,7 +147,7 @@ class HostLeaf:
     def _draw_among(self, k: Any, among: Set, outside: Set | None) -> Set:
         """As `draw`: the members that come first in the same random order."""
         if outside is not None:
-            among = among[~_contains(outside, among)]
+            among = among[~contains(outside, among)]
         selection, place = np.divmod(among, self.size)
         ranks = draw.ranks_on_host(self.key, place[:, None], self.size, selection)[:, 0]
         order = np.lexsort((ranks, selection))
@@ -173,7 +168,7 @@ class HostLeaf:
             raise ValueError(
                 f"{self.path!r}: a memory of every entry needs all slices on one process"
             )
-        slices, units = _to_units(grid, entries)
+        slices, units = to_units(grid, entries)
         marks = np.zeros((grid.whole[0], grid.count), bool)
         marks[slices, units] = True
         wide = marks.reshape(*marks.shape, *(1 for _ in grid.unit))
@@ -200,7 +195,7 @@ class HostLeaf:
         draws = draw_pairs(self.key, n, self.grid, inputs, outputs)
         slices, rows, columns = (np.asarray(x).astype(np.int64) for x in draws)
         units = self.grid.numbers(rows, columns)
-        keys = np.unique(_to_keys(self.grid, slices * self.grid.count + units))
+        keys = np.unique(to_keys(self.grid, slices * self.grid.count + units))
         return keys[np.isin(keys // self.size, self.rows)]
 
     def portion(self, share: Any, k: Any, up: bool = False) -> Any:
@@ -244,26 +239,8 @@ class HostLeaf:
         return np.sort(self._keys(places)[chosen])
 
 
-def set_of(grid: Grid, mask: Any) -> Set:
-    """A mask of entries, made of whole units, as a set."""
-    units = grid.to_units(np.asarray(mask))
-    units = units[(..., *(0 for _ in grid.unit))]
-    if not grid.row_per_slice:
-        array, roles = grid.stored_array
-        units = units.reshape(array).transpose(*roles.stack, *roles.within)
-    return np.flatnonzero(units)
-
-
 def _per_row(k: Any, rows: int) -> np.ndarray:
     return np.broadcast_to(np.asarray(k, np.int64), (rows,))
-
-
-def _contains(members: Set, keys: np.ndarray) -> np.ndarray:
-    """Which keys are in a sorted set."""
-    if not len(members):
-        return np.zeros(keys.shape, bool)
-    at = np.searchsorted(members, keys)
-    return members[np.minimum(at, len(members) - 1)] == keys
 
 
 def _top_rows(
@@ -297,122 +274,3 @@ def _top_rows(
         chosen[row] = above
         chosen[row, tied[: count - int(above.sum())]] = True
     return chosen
-
-
-def numbered(grid: Grid, masks: LeafMasks, slices: int) -> np.ndarray:
-    """int32 [slices, n_B] of `Index`: numbers of units, A first, each part by selection.
-
-    Args:
-      grid: units of the parameter.
-      masks: A and B.
-      slices: how many they are of.
-    """
-    forward, backward = masks.forward, masks.backward
-    rest = backward[~_contains(forward, backward)]
-    parts = []
-    for part in (forward, rest):
-        owner, units = _to_units(grid, part)
-        # Selections of a slice follow each other, unless outputs come before the stack.
-        order = np.argsort(owner, kind="stable")
-        parts.append(units[order].reshape(slices, -1))
-    return np.concatenate(parts, axis=1).astype(np.int32)
-
-
-def _to_units(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(slice, unit) of selection keys."""
-    if grid.row_per_slice:
-        return keys // grid.count, keys % grid.count
-    array, roles = grid.stored_array
-    selection = np.unravel_index(keys // grid.size, [array[a] for a in roles.stack])
-    position = np.unravel_index(keys % grid.size, [array[a] for a in roles.within])
-    where: dict[int, np.ndarray] = dict(zip(roles.stack, selection, strict=True))
-    where |= dict(zip(roles.within, position, strict=True))
-    flat = np.ravel_multi_index([where[a] for a in range(len(array))], array)
-    return flat // grid.count, flat % grid.count
-
-
-def _to_keys(grid: Grid, flat: np.ndarray) -> np.ndarray:
-    """Selection keys of units, slice * units of a slice + number."""
-    if grid.row_per_slice:
-        return flat
-    array, roles = grid.stored_array
-    where = np.unravel_index(flat, array)
-    selection = np.ravel_multi_index(
-        [where[a] for a in roles.stack], [array[a] for a in roles.stack]
-    )
-    position = np.ravel_multi_index(
-        [where[a] for a in roles.within], [array[a] for a in roles.within]
-    )
-    return selection * grid.size + position
-
-
-def selections_of(grid: Grid, own: np.ndarray) -> np.ndarray:
-    """Numbers of the selections in each of some slices, [own, selections]."""
-    if grid.row_per_slice:
-        return own[:, None]
-    array, roles = grid.stored_array
-    first = _slice_axes(grid)
-    rest = [a for a in roles.stack if a >= first]
-    where: dict[int, np.ndarray] = {}
-    for axes, numbers in (
-        (rest, np.arange(grid.selections)),
-        (range(first), own[:, None]),
-    ):
-        if axes:
-            found = np.unravel_index(numbers, [array[a] for a in axes])
-            where |= dict(zip(axes, found, strict=True))
-    lead = [np.broadcast_to(where[a], (len(own), grid.selections)) for a in roles.stack]
-    return np.ravel_multi_index(lead, [array[a] for a in roles.stack]).astype(np.int64)
-
-
-def rows_of(grid: Grid, own: np.ndarray) -> np.ndarray:
-    """Numbers of the selections in some slices, ascending."""
-    if len(own) == grid.whole[0]:
-        return np.arange(len(own) * grid.selections)
-    return np.sort(selections_of(grid, own), axis=None)
-
-
-def _slice_axes(grid: Grid) -> int:
-    """How many axes of `grid.stored_array` count slices: the first ones."""
-    return len(grid.stack) if grid.plain else 1
-
-
-def selection_places(
-    grid: Grid, index: np.ndarray, own: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a list of units by selection.
-
-    Args:
-      grid: units of the parameter.
-      index: [own, n] numbers of units, the same number in each selection.
-      own: numbers of the slices.
-    Returns:
-      places [selections, m], ascending, and [selections, m], where in the flattened
-      list each of them stands.
-    """
-    keys = _to_keys(
-        grid, (own.astype(np.int64)[:, None] * grid.count + index).reshape(-1)
-    )
-    order = np.argsort(keys, kind="stable")
-    rows = len(own) * grid.selections
-    return keys[order].reshape(rows, -1) % grid.size, order.reshape(rows, -1)
-
-
-def by_selection(grid: Grid, units: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """theta of some slices, [own, units, *unit], as [selections, size, *unit]."""
-    if grid.row_per_slice:
-        return units
-    array, roles = grid.stored_array
-    if len(own) == grid.whole[0]:
-        inside = range(len(array), len(array) + len(grid.unit))
-        units = units.reshape(*array, *grid.unit)
-        units = units.transpose(*roles.stack, *roles.within, *inside)
-        return units.reshape(-1, grid.size, *grid.unit)
-    first = _slice_axes(grid)
-    axes = [a for a in roles.stack if a >= first] + list(roles.within)
-    units = units.reshape(len(own), *array[first:], *grid.unit)
-    inside = range(1 + len(axes), units.ndim)
-    units = units.transpose(0, *(1 + a - first for a in axes), *inside)
-    # Outputs may come before the stack.
-    order = np.argsort(selections_of(grid, own), axis=None, kind="stable")
-    return units.reshape(-1, grid.size, *grid.unit)[order]

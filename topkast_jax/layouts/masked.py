@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from topkast_jax._types import Axes, Counts, LeafMasks, Memory, Scalar, Score
-from topkast_jax.grid import Grid, portion
+from topkast_jax.grid import Grid
 from topkast_jax.pairs import draw as draw_pairs
+from topkast_jax.portion import portion
 from topkast_jax.select import random_k, top_k, top_k_tree
 
 

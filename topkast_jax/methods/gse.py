@@ -20,10 +20,10 @@ from topkast_jax._types import (
     View,
 )
 from topkast_jax.distribution import Distribution
-from topkast_jax.grid import ceiling
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
+from topkast_jax.portion import ceiling
 from topkast_jax.schedule import every
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.select import top_k_tree
