@@ -12,7 +12,6 @@ seal: the checksum of every file, written once the save is complete.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -20,9 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 import topkast_jax as tk
-from experiments import distributed, packing, seal
+from experiments import distributed, packing, paths, seal
 from experiments.state import State, is_sparse
 from experiments.tasks.shared import shared
 
@@ -89,10 +89,10 @@ class Checkpoints:
             raise ValueError(
                 f"keep={keep}: keep at least 2 checkpoints, one to fall to"
             )
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.folder = paths.whole(paths.folder(workdir)) / "checkpoints"
         self._keep, self._warn = keep, warn
         self._manager: ocp.CheckpointManager | None = None
-        self._unsealed: pathlib.Path | None = None
+        self._unsealed: epath.Path | None = None
         self._reservoirs: dict[int, Any] = {}  # what was noted, by step
 
     def __enter__(self) -> "Checkpoints":
@@ -205,7 +205,7 @@ class Checkpoints:
         def targets(meta: dict[str, Any]) -> dict[str, PyTree]:
             return prepare(meta)._asdict()
 
-        def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Restored:
+        def read(path: epath.Path, meta: dict[str, Any], arrays: Any) -> Restored:
             found = _read(path, **arrays, data=ocp.args.JsonRestore())
             # What a checkpoint of an older version lacks has no arrays.
             state = State(**{name: found[name][0] for name in arrays})
@@ -250,7 +250,7 @@ class Checkpoints:
             trees = {"forward": masks, "backward": masks, "shrink": shrink}
             return {"params": params, "masks": trees, "shared": common, "ema": ema}
 
-        def read(path: pathlib.Path, meta: dict[str, Any], arrays: Any) -> Weights:
+        def read(path: epath.Path, meta: dict[str, Any], arrays: Any) -> Weights:
             found = _read(path, **arrays)
             (params,), (masks,) = found["params"], found["masks"]
             (common,), (ema,) = found.get("shared", [[]]), found.get("ema", [()])
@@ -272,7 +272,7 @@ class Checkpoints:
     def _newest(
         self,
         targets: Callable[[dict[str, Any]], dict[str, PyTree]],
-        read: Callable[[pathlib.Path, dict[str, Any], Any], T],
+        read: Callable[[epath.Path, dict[str, Any], Any], T],
         *,
         set_aside: bool,
     ) -> T | None:
@@ -323,7 +323,7 @@ class Checkpoints:
             self._reservoirs[step] = meta.get("reservoir")
         return [self._reservoirs[step] for step in self.steps()]
 
-    def _set_aside(self, step: int) -> pathlib.Path:
+    def _set_aside(self, step: int) -> epath.Path:
         folder = self.folder.parent / "damaged"
         folder.mkdir(exist_ok=True)
         taken = {path.name for path in folder.iterdir()}
@@ -331,20 +331,20 @@ class Checkpoints:
         target = folder / next(name for name in names if name not in taken)
         distributed.wait("damaged")
         if distributed.is_first():
-            os.replace(self.folder / str(step), target)
+            (self.folder / str(step)).rename(target)
         distributed.wait("set aside")
         if self._manager is not None:
             self._manager.reload()
         return target
 
 
-def _read(path: pathlib.Path, **parts: Any) -> Any:
+def _read(path: epath.Path, **parts: Any) -> Any:
     handler = ocp.CompositeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(**parts))
 
 
-def _meta(path: pathlib.Path) -> dict[str, Any]:
+def _meta(path: epath.Path) -> dict[str, Any]:
     """`meta` of a checkpoint that is as it was when it was sealed."""
     seal.verify(path)
     meta: dict[str, Any] = _read(path, meta=ocp.args.JsonRestore())["meta"]
@@ -378,7 +378,7 @@ def _everywhere(sharding: Any) -> Any:
 
 
 def _require_same_arrays(
-    path: pathlib.Path, meta: Mapping[str, Any], wanted: Mapping[str, PyTree]
+    path: epath.Path, meta: Mapping[str, Any], wanted: Mapping[str, PyTree]
 ) -> None:
     """Raises ValueError naming an array that is not what the program asks for.
 

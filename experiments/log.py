@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -13,13 +12,15 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from experiments import paths
+
 Row = dict[str, Any]
 ROWS = "metrics.jsonl"
 
 
 def read(workdir: str | os.PathLike[str]) -> list[Row]:
     """Rows of `workdir/metrics.jsonl`; a torn last line is left out."""
-    path = pathlib.Path(workdir) / ROWS
+    path = paths.folder(workdir) / ROWS
     return list(_rows(path.read_text().splitlines())) if path.exists() else []
 
 
@@ -56,7 +57,7 @@ class Log:
     def __init__(
         self, workdir: str | os.PathLike[str] | None, *, step: int | None, steps: int
     ) -> None:
-        self._folder = None if workdir is None else pathlib.Path(workdir)
+        self._folder = None if workdir is None else paths.folder(workdir)
         self._steps = steps
         self._console = rich.console.Console(file=sys.stdout)
         self._live = self._console.is_terminal
@@ -81,28 +82,30 @@ class Log:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
         self._writer.close()
 
     def _open(self, step: int | None) -> None:
-        if self._folder is None:
-            nowhere = pathlib.Path(os.devnull)
-            self._file = nowhere.open("a")
-            self._writer = tensorboardX.SummaryWriter(write_to_disk=False)
-            return
-        last, path = -1 if step is None else step, self._folder / ROWS
-        rows = [row for row in read(self._folder) if row["step"] <= last]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
-        self._file = path.open("a")
-        events = str(self._folder / "tensorboard")
-        self._writer = tensorboardX.SummaryWriter(events, purge_step=last + 1)
+        self._lines: paths.Lines | None = None
+        # The writer of events knows local files alone.
+        on_disk = self._folder is not None and not paths.is_remote(self._folder)
+        last = -1 if step is None else step
+        if self._folder is not None:
+            rows = [row for row in read(self._folder) if row["step"] <= last]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            self._lines = paths.Lines(self._folder / ROWS, text)
+        events = str(self._folder / "tensorboard") if on_disk else None
+        self._writer = tensorboardX.SummaryWriter(
+            events, purge_step=last + 1, write_to_disk=on_disk
+        )
 
     def rewind(self, step: int) -> None:
         """Takes out the rows after a step: the run goes back to it."""
-        self._file.close()
-        self._writer.close()
+        self._close()
         self._open(step)
         self._bar.update(self._task, completed=step)
 
@@ -116,8 +119,8 @@ class Log:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Adds a row, to the file at once."""
         row = {"step": step, "kind": kind, **_plain(values)}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._lines is not None:
+            self._lines.add(json.dumps(row, allow_nan=False))
         for name, value in _scalars(values):
             self._writer.add_scalar(f"{kind}/{name}", value, step)
         self._writer.flush()

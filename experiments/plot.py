@@ -1,23 +1,24 @@
 """The picture of a run: summary.png, drawn from metrics.jsonl."""
 
+import io
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from experiments import log
+from experiments import log, paths
 
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e6e9ed"
 BLUE, ORANGE, GREEN, PALE = "#2f6db5", "#d9772b", "#3a8f6b", "#b9cfe8"
 
 
-def summary(workdir: str | os.PathLike[str], title: str) -> pathlib.Path:
+def summary(workdir: str | os.PathLike[str], title: str) -> epath.Path:
     """Draws loss, churn, sparsity per layer, and cost beside dense.
 
     Args:
@@ -37,10 +38,12 @@ def summary(workdir: str | os.PathLike[str], title: str) -> pathlib.Path:
     _churn(panels[2], _kind(rows, "train"))
     _cost(panels[3], rows)
     figure.suptitle(title, x=0.012, ha="left", fontsize=16, color=INK, weight="bold")
-    path = pathlib.Path(workdir) / "summary.png"
+    path = paths.folder(workdir) / "summary.png"
     temporary = path.with_name("summary.tmp.png")
-    figure.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    temporary.write_bytes(picture.getvalue())
+    temporary.replace(path)
     return path
 
 

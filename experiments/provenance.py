@@ -27,6 +27,9 @@ MAY_CHANGE = frozenset(
     [
         "name",
         "data_dir",
+        "data.data_dir",
+        "compilation_cache",
+        "profile",
         "log_every",
         "eval_every",
         "eval_batches",
@@ -72,7 +75,7 @@ def require_same_config(
     changed: list[str] = []
     harmless: list[str] = []
     for path, (before, now) in differences(saved, given).items():
-        may = path.split(".")[0] in MAY_CHANGE or path in LAYOUT
+        may = {path, path.split(".")[0]} & (MAY_CHANGE | LAYOUT)
         lines = harmless if may else changed
         lines.append(f"{path} was {before!r}, is {now!r}")
     if changed:

@@ -2,25 +2,34 @@
 
 import hashlib
 import json
-import os
 import pathlib
+
+from etils import epath
+
+from experiments.paths import is_remote
 
 SEAL = "sha256.json"
 
 
-def close(folder: pathlib.Path) -> None:
-    """Writes the seal of a folder whose files are complete."""
+def close(folder: epath.Path) -> None:
+    """Writes the seal of a folder whose files are complete.
+
+    In a bucket it would have to read all of them back, and the store has checksums of
+    its own.
+    """
+    if is_remote(folder):
+        return
     temporary = folder / f"{SEAL}.tmp"
     temporary.write_text(json.dumps(_checksums(folder), indent=1))
-    os.replace(temporary, folder / SEAL)
+    temporary.replace(folder / SEAL)
 
 
-def verify(folder: pathlib.Path) -> None:
+def verify(folder: epath.Path) -> None:
     """Raises ValueError naming the first file that is not as it was when sealed.
 
     A folder without a seal passes: its writer may have been killed just before.
     """
-    if not (folder / SEAL).exists():
+    if is_remote(folder) or not (folder / SEAL).exists():
         return
     sealed, found = json.loads((folder / SEAL).read_text()), _checksums(folder)
     for name, digest in sealed.items():
@@ -30,8 +39,8 @@ def verify(folder: pathlib.Path) -> None:
             raise ValueError(f"{name} has changed since it was written")
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    sums = {}
+def _checksums(path: epath.Path) -> dict[str, str]:
+    sums, folder = {}, pathlib.Path(path)  # which walks, as epath would not in a bucket
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != SEAL:
             with file.open("rb") as stream:

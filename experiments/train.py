@@ -15,7 +15,7 @@ after Ctrl-C and SIGTERM.
 import contextlib
 import dataclasses
 import functools
-import pathlib
+import os
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from experiments import (
     evaluate,
     log,
     packing,
+    paths,
     plot,
     speed,
 )
@@ -90,17 +91,18 @@ class Outcome(NamedTuple):
     signal: int | None
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Outcome:
     """Trains what `config` says, or goes on from the workdir's newest checkpoint.
 
     Args:
       config: see configs/quickstart.py.
-      workdir: where everything is written; made where it is missing.
+      workdir: where everything is written; made where it is missing. May lie in a
+        bucket, as gs://bucket/run, but for packed layouts with a reservoir.
     Raises:
       BadInput: the config or the workdir cannot be trained with.
       Stopped: the training went wrong, see `config.on_nan`.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = paths.folder(workdir)
     with command.checking():
         cfg = Watched(config)
         require(cfg, AT_LEAST, {"on_nan": ON_NAN})
@@ -134,6 +136,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             needed = packing.needs(abstract, method.reservoir)
             print(f"needs: {needed}")
             packing.require_memory(needed)
+            if method.reservoir and paths.is_remote(workdir):
+                raise ValueError(
+                    f"workdir={workdir}: the reservoir of {method.name} lives in files "
+                    "of this machine; name a local workdir, or say layout=masked"
+                )
     print(run.plan())
 
     if restored:
@@ -340,7 +347,7 @@ def main(argv: list[str]) -> int:
         name = config.name
     except OSError as error:  # the flag keeps a missing file to itself until asked
         raise command.BadInput(f"--config: {error.__cause__ or error}") from error
-    workdir = flags.FLAGS.workdir or pathlib.Path("runs") / name
+    workdir = flags.FLAGS.workdir or f"runs/{name}"
     try:
         outcome = train(config, workdir)
     except Stopped as error:

@@ -187,7 +187,10 @@ def test_dropout_follows_the_key(data_dir):
         ({"model.dropout": 1.0}, r"config.model.dropout is 1.0.*\[0, 1\)"),
         ({"model.norm": "middle"}, "config.model.norm is 'middle'.*'pre' and 'post'"),
         ({"batch_size": 0}, "config.batch_size is 0"),
-        ({"task": "chess"}, "config.task is 'chess'; possible are classification, language_model"),
+        (
+            {"task": "chess"},
+            "config.task is 'chess'; possible are classification, language_model",
+        ),
     ],
 )
 def test_bad_settings_are_named(change, message):
