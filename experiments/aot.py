@@ -59,7 +59,9 @@ def compiled(cfg: Watched, topology: str) -> jax.stages.Compiled:
     """The training step of a config for a topology; no array is made."""
     run = assemble(cfg, devices(topology))
     state = run.abstract()
-    batch = next(iter(run.task.batches("train", seed=cfg.seed, loop=True)))
+    batch = run.task.batch
+    if batch is None:
+        batch = next(iter(run.task.batches("train", seed=cfg.seed, loop=True)))
     here = meshes.replicated(run.mesh)
     struct: Any = jax.ShapeDtypeStruct
 

@@ -187,6 +187,11 @@ def classification(config: Config) -> Task:
         by_unit=True,
         routes=routes,
         count=lambda batch: jnp.sum(batch["weights"]),
+        batch={
+            "images": images_of(rows).update(dtype=jnp.uint8),
+            "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        },
     )
 
 

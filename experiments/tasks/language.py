@@ -231,4 +231,10 @@ def language_model(config: Config) -> Task:
         routes=routes,
         count=lambda batch: jnp.sum(batch["weights"]),
         report=report,
+        batch={
+            "inputs": tokens,
+            "targets": tokens,
+            "weights": tokens.update(dtype=jnp.float32),
+            "start": jax.ShapeDtypeStruct((rows,), jnp.bool_),
+        },
     )

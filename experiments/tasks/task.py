@@ -46,6 +46,7 @@ class Task(NamedTuple):
         multiplies by each of them, by path, see `tk.flax.routes`; None where `by_unit`
         is not so.
       report: means of the metrics over a split -> what is told of it.
+      batch: ShapeDtypeStructs of a training batch; None: only the data say.
     """
 
     init: Callable[[jax.Array], tuple[Params, Carry]]
@@ -60,3 +61,4 @@ class Task(NamedTuple):
     count: Callable[[Batch], jax.Array] | None = None
     routes: Callable[[Params], dict[str, str]] | None = None
     report: Callable[[dict[str, float]], dict[str, float]] = dict
+    batch: Mapping[str, jax.ShapeDtypeStruct] | None = None

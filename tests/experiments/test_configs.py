@@ -11,7 +11,7 @@ from runs import assert_same_run, hook_training_data, rows
 from configs import cifar as cifar_config
 from configs import common, enwik8_transformer_xl, imagenet_resnet50
 from configs import wikitext103_transformer_xl as wikitext_config
-from experiments import evaluate, jobs
+from experiments import evaluate, jobs, tasks
 from experiments.assembly import assemble
 from experiments.config import Watched, require_all_read
 from experiments.data import enwik8, wikitext103
@@ -83,6 +83,11 @@ def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     outcome = train(config, whole)
     assert outcome.step == config.steps
+    task = tasks.make(config)  # says what its batches are, without data
+    batch = next(iter(task.batches("train", seed=0, loop=True)))
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
+        k: (x.shape, x.dtype) for k, x in (task.batch or {}).items()
+    }
 
     class Gone(BaseException):
         pass
