@@ -103,7 +103,7 @@ def dynamic() -> dict[str, tk.Method]:
         "rigl_itop": tk.rigl_itop(0.75, **due),
         "granet": tk.granet(0.75, start=0, stop=8, **due),
         "acdc": tk.acdc(
-            0.75, warmup=REFRESH, compressed=REFRESH, dense=REFRESH, last=99
+            0.75, warmup=REFRESH, compressed=2 * REFRESH, dense=REFRESH, last=99
         ),
     }
 
