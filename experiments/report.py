@@ -58,7 +58,7 @@ def report(paths: Sequence[str], out: str, metric: str | None = None) -> pathlib
         costs.pictures(found, metric),
         changes.pictures(found, metric),
     )
-    title = f"{len(found)} groups, {len(kept)} runs"
+    title = f"{costs.words(metric)} of {len(found)} groups, {len(kept)} runs"
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in (*of_costs, *on_the_way):
@@ -123,7 +123,7 @@ def _summary(
             f"The runs are of {len(commits)} commits: see where they come from."
         )
     if left_out:
-        said.append(f"{len(left_out)} runs are left out: they are named at the end.")
+        said.append(f"Left out: {len(left_out)}, named at the end with the reasons.")
     return said
 
 

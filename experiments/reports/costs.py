@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 
-from experiments.plot import GRID, INK, MUTED, dress
+from experiments.plot import INK, MUTED, dress
 from experiments.reports import tables
 from experiments.reports.groups import Group, Spread
 from experiments.reports.pictures import (
+    LEADER,
     Picture,
     apart,
     canvas,
@@ -181,6 +182,6 @@ def _name(
             text, (x.mean, y.mean), xytext=(1.03, height), textcoords="axes fraction",
             fontsize=9, color=ink if ink != INK else MUTED, va="center",
             annotation_clip=False, zorder=2,
-            arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.9,
+            arrowprops={"arrowstyle": "-", "color": LEADER, "linewidth": 0.9,
                         "shrinkB": 5, "relpos": (0, 0.5)},
         )  # fmt: skip

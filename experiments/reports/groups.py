@@ -17,7 +17,9 @@ METRICS = ("accuracy", "bits_per_byte", "perplexity", "loss")
 """In the order in which a report chooses, where it is not told."""
 SPARSITIES = ("forward_sparsity", "backward_sparsity", "sparsity")
 FIRST = ("sparsity", "structure", "layout", "distribution")
-"""What a label tells first, beside the method."""
+"""What a label tells first, beside the method: the values alone."""
+THEN = ("d_model", "width", "depth", "layers", "steps", "batch_size")
+"""What it tells rather than other keys."""
 
 
 class Spread(NamedTuple):
@@ -211,15 +213,20 @@ def _label(
 ) -> str:
     rivals = [i for i, method in enumerate(methods) if method == methods[which]]
     words = [methods[which]]
-    keys = sorted(
-        set().union(*(traits[i] for i in rivals)),
-        key=lambda key: (FIRST.index(key) if key in FIRST else 99, key),
-    )
+    told = (*FIRST, *THEN)
+
+    def rank(key: str) -> tuple[int, str]:
+        name = key.rpartition(".")[2]
+        return (told.index(name) if name in told else len(told), key)
+
+    keys = sorted(set().union(*(traits[i] for i in rivals)), key=rank)
     left = [i for i in rivals if i != which]  # that are still called the same
     for key in keys:
         own = traits[which].get(key, f"no {key}")
         apart = [i for i in left if traits[i].get(key, f"no {key}") != own]
-        if apart:
+        # The structure, say, is told even where the sparsity differs as well.
+        first = key in FIRST and key in traits[which]
+        if apart or (first and any(traits[i].get(key) != own for i in rivals)):
             words.append(own)
             left = [i for i in left if i not in apart]
     return " ".join(words)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ COLORS = (BLUE, ORANGE, GREEN, "#a03b6f", "#7a5bb5", "#8c6d1f", "#2a8fa3", "#b54
           "#5b6f2a", "#56749c")  # fmt: skip
 MARKERS = "os^Dv"
 TOGETHER = 6  # curves in one panel; more get a panel each
-FAINT = "#d5dae0"
+FAINT, LEADER = "#d5dae0", "#c6ccd4"
 
 
 class Picture(NamedTuple):
@@ -75,18 +76,25 @@ def png(figure: Figure) -> bytes:
 
 
 def apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places in [0, 1], near those wanted, in their order, at least a gap apart."""
+    """Places in [0, 1], in the order of those wanted, at least a gap apart.
+
+    The nearest such places in least squares: an isotonic regression (pool adjacent
+    violators) of what is left when the gaps are taken out. The gap shrinks where there
+    is not room for all.
+    """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     gap = min(gap, 1 / max(1, len(wanted) - 1))
+    pools: list[list[float]] = []
+    for rank, i in enumerate(order):
+        pools.append([wanted[i] - rank * gap])
+        while len(pools) > 1 and fmean(pools[-2]) >= fmean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    level = [fmean(pool) for pool in pools for _ in pool]
+    most = 1 - (len(wanted) - 1) * gap
     places = [0.0] * len(wanted)
-    low = 0.0
-    for i in order:
-        places[i] = low = max(wanted[i], low)
-        low += gap
-    high = 1.0
-    for i in reversed(order):
-        places[i] = high = min(places[i], high)
-        high -= gap
+    for rank, i in enumerate(order):
+        places[i] = min(max(level[rank], 0.0), most) + rank * gap
     return places
 
 
@@ -146,9 +154,9 @@ def curves(
     columns = 4
     lines = -(-len(shown) // columns)
     figure = canvas(11.5, 1.0 + 1.75 * lines)
-    panels = figure.subplots(
-        lines, columns, sharex=True, sharey=True, squeeze=False
-    ).flat
+    panels = [
+        *figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    ]
     for axes, i in zip(panels, shown, strict=False):
         dress(axes, groups[i].label)
         axes.title.set_fontsize(9.5)
@@ -158,10 +166,10 @@ def curves(
                 axes.plot(curve.steps, curve.mean, color=FAINT, linewidth=0.8, zorder=1)
         draw(axes, i)
         axes.tick_params(labelsize=8)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_visible(False)
     if limits is not None:
-        next(iter(figure.axes)).set_ylim(limits)
+        panels[0].set_ylim(limits)
     figure.suptitle(title, x=0.012, ha="left", fontsize=11.5, color=INK)
     figure.supxlabel("step", fontsize=10, color=MUTED)
     figure.supylabel(ylabel, fontsize=10, color=MUTED)

@@ -18,13 +18,16 @@ def results(groups: Sequence[Group], metric: str) -> Rows:
     """
     flops, prefix = scale([group.spread(lambda r: r.flops).mean for group in groups])
     said = standing(groups, metric)
+    sparse = [group for group in groups if not group.dense]
+    throughout = bool(sparse) and all(group.simulated for group in sparse)
     head = ["group", "seeds", metric, "standing", f"training {prefix}FLOPs",
-            "FLOPs / dense", "time / dense", "bytes / dense", "parameters",
+            f"FLOPs / dense ({SIMULATED})" if throughout else "FLOPs / dense",
+            "time / dense", "bytes / dense", "parameters",
             "sparsity of A, B", "churn at last"]  # fmt: skip
     rows = [head]
     for group, words in zip(groups, said, strict=True):
         fraction = f"{group.spread(lambda r: r.flops_fraction).mean:.3f}"
-        if group.simulated:
+        if group.simulated and not throughout:
             fraction += f" ({SIMULATED})"
         sides = [group.last(name) for name in ("sparsity", "backward_sparsity")]
         share = ", ".join(f"{side.mean:.3f}" for side in sides if side)
