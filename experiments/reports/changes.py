@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.plot import BLUE, INK, dress
+from experiments.plot import BLUE, INK, MUTED, dress
 from experiments.reports.costs import words
 from experiments.reports.groups import Group, rises
 from experiments.reports.pictures import Curve, Picture, canvas, colors, curves, png
@@ -220,5 +220,5 @@ def _grid(table: np.ndarray, paths: Sequence[str], labels: Sequence[str]) -> byt
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, length=0)
+    bar.ax.tick_params(labelsize=8, length=0, labelcolor=MUTED)
     return png(figure)

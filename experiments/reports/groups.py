@@ -205,14 +205,20 @@ def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
         return given
     traits = [_traits(runs[0]) for runs in members]
     methods = [runs[0].method for runs in members]
-    return [_label(i, methods, traits) for i in range(len(members))]
+    words = [_words(i, methods, traits) for i in range(len(members))]
+    if len(set(methods)) == 1 and all(words):
+        return [" ".join(each) for each in words]  # the method goes without saying
+    return [
+        " ".join([method, *each]) for method, each in zip(methods, words, strict=True)
+    ]
 
 
-def _label(
+def _words(
     which: int, methods: Sequence[str], traits: Sequence[Mapping[str, str]]
-) -> str:
+) -> list[str]:
+    """What tells a group from others of its method."""
     rivals = [i for i, method in enumerate(methods) if method == methods[which]]
-    words = [methods[which]]
+    words = []
     told = (*FIRST, *THEN)
 
     def rank(key: str) -> tuple[int, str]:
@@ -229,7 +235,7 @@ def _label(
         if apart or (first and any(traits[i].get(key) != own for i in rivals)):
             words.append(own)
             left = [i for i in left if i not in apart]
-    return " ".join(words)
+    return words
 
 
 def _traits(run: Run) -> dict[str, str]:

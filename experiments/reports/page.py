@@ -28,14 +28,16 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 1rem 0 0;
 figure { margin: 0 0 1.5rem; }
 figcaption { color: var(--muted); font-size: .92rem; max-width: 50rem; margin-top: .5rem; }
 .wide { overflow-x: auto; }
-figure img { display: block; width: 100%; min-width: 42rem; max-width: 72rem; height: auto;
+figure img { display: block; width: auto; max-width: 100%; height: auto;
   background: white; border: 1px solid var(--line); border-radius: 8px; }
+@media (max-width: 50rem) { figure img { max-width: none; width: 46rem; } }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal; }
 td:first-child, th:first-child { text-align: left; }
 .text td, .text th { text-align: left; }
+th.long { min-width: 8rem; }
 tbody tr:hover { background: var(--card); }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--link); }
@@ -114,7 +116,10 @@ def _paragraphs(sentences: Sequence[str], kind: str = "") -> str:
 
 def _table(rows: Rows, kind: str = "") -> str:
     head, *body = rows
-    cells = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in head)
+    cells = "".join(
+        f'<th scope="col"{" class=long" if len(text) > 20 else ""}>{html.escape(text)}</th>'
+        for text in head
+    )
     lines = "".join(
         "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>\n"
         for row in body

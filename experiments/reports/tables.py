@@ -38,7 +38,7 @@ def results(groups: Sequence[Group], metric: str) -> Rows:
                 str(len(group.runs)),
                 str(group.metric(metric)),
                 ", ".join(words),
-                group.spread(lambda r: r.flops).words(flops, ".3g"),
+                f"{group.spread(lambda r: r.flops).mean / flops:.3g}",
                 "1" if group.dense else fraction,
                 "1" if group.dense else time_ratio(group, groups) or "-",
                 "1" if group.dense else _two(group.ratio("state_bytes_ratio")),
