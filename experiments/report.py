@@ -81,8 +81,8 @@ def report(paths: Sequence[str], out: str, metric: str | None = None) -> pathlib
     )
     path = folder / "report.html"
     _write(path, text.encode())
-    for run, why in left_out.items():
-        log.warn(f"left out: {run}: {why}")
+    for name, why in left_out.items():
+        log.warn(f"left out: {name}: {why}")
     print(f"{title}, {len(left_out)} left out: {path}")
     return path
 

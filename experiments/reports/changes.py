@@ -213,7 +213,7 @@ def _grid(table: np.ndarray, paths: Sequence[str], labels: Sequence[str]) -> byt
                     rotation_mode="anchor", fontsize=8.5, color=INK)  # fmt: skip
     axes.spines[:].set_visible(False)
     if rows * columns <= 1200:
-        middle = (drawn.norm.vmin or 0.0) * 0.6 + 100 * 0.4
+        middle = 0.6 * min(low, 90) + 0.4 * 100
         for i, j in zip(*np.nonzero(~np.isnan(table)), strict=True):
             ink = "white" if table[i, j] > middle else INK
             text = f"{table[i, j]:.0f}" if table[i, j] < 99.95 else "100"

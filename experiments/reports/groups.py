@@ -10,9 +10,8 @@ from experiments.config import flatten
 from experiments.reports.runs import Run
 
 # What does not tell one group from another: nothing that is computed depends on it.
-SAME = frozenset(
-    ["seed", "name", "workdir", "data_dir", "compilation_cache", "profile"]
-)
+SAME = frozenset(["seed", "name", "data_dir", "compilation_cache", "profile",
+                  "log_every", "eval_every", "save_every", "keep", "dense_steps"])  # fmt: skip
 METRICS = ("accuracy", "bits_per_byte", "perplexity", "loss")
 """In the order in which a report chooses, where it is not told."""
 SPARSITIES = ("forward_sparsity", "backward_sparsity", "sparsity")

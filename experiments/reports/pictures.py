@@ -123,13 +123,12 @@ def curves(
     """
     shown = [i for i, curve in enumerate(found) if curve is not None]
     color = colors(groups)
-    style = {"marker": "o", "markersize": 3.5} if dots else {}
 
     def draw(axes: Axes, i: int) -> None:
         curve = found[i]
         assert curve is not None
         axes.plot(curve.steps, curve.mean, color=color[i], linewidth=1.7,
-                  label=groups[i].label, **style)  # fmt: skip
+                  label=groups[i].label, marker="o" if dots else "", markersize=3.5)  # fmt: skip
         if curve.deviation is not None:
             low, high = curve.mean - curve.deviation, curve.mean + curve.deviation
             axes.fill_between(

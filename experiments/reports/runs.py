@@ -138,10 +138,10 @@ def _read(folder: pathlib.Path) -> Run:
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row)
     for kind in ("train", "eval"):
-        at = kinds[kind][-1]["step"] if kind in kinds else 0
-        if at != last:
+        told = kinds[kind][-1]["step"] if kind in kinds else 0
+        if told != last:
             raise Unusable(
-                f"damaged: its log has rows {kind!r} up to step {at}, and its "
+                f"damaged: its log has rows {kind!r} up to step {told}, and its "
                 f"checkpoint is of step {last}"
             )
     train, held_out = kinds["train"], kinds["eval"][-1]

@@ -122,7 +122,7 @@ def test_groups_and_their_names(tmp_path: pathlib.Path) -> None:
         other = config("set", seed, structure="fan_in", sparsity=0.9)
         write(tmp_path / f"fan-in-{seed}", other, 0.4)
         wide = config("set", seed, structure="fan_in", sparsity=0.9)
-        wide |= {"model": {"width": 32}, "data_dir": f"of/{seed}"}
+        wide |= {"model": {"width": 32}, "data_dir": f"of/{seed}", "dense_steps": seed}
         write(tmp_path / f"wide-{seed}", wide, 0.6)
         write(tmp_path / f"dense-{seed}", config("dense", seed), 0.9)
         both = config("top_kast", seed, forward_sparsity=0.9, backward_sparsity=0.8)
