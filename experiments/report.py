@@ -58,7 +58,8 @@ def report(paths: Sequence[str], out: str, metric: str | None = None) -> pathlib
         costs.pictures(found, metric),
         changes.pictures(found, metric),
     )
-    title = f"{costs.words(metric)} of {len(found)} groups, {len(kept)} runs"
+    counts = f"{_counted(len(found), 'group')}, {_counted(len(kept), 'run')}"
+    title = f"{costs.words(metric)} of {counts}"
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in (*of_costs, *on_the_way):
@@ -99,6 +100,10 @@ def _read(
     if not read:
         raise ValueError(f"no finished run: {_named(left_out)}")
     return read, left_out
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _named(left_out: dict[str, str]) -> str:

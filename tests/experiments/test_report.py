@@ -111,7 +111,7 @@ def test_other_runs_are_left_out_and_named(
     for name, why in reasons.items():
         assert re.search(f"left out: .*/{name}: {why}", said.err)
         assert re.search(f"/{name}</code>: {why}", page.read_text())
-    assert "1 groups, 2 runs, 3 left out" in said.out
+    assert "Accuracy of 1 group, 2 runs, 3 left out" in said.out
     assert "no-run" not in page.read_text()
     assert "| set | 2 | 0.500 ± 0.000 |" in (tmp_path / "out/table.md").read_text()
 
