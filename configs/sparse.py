@@ -137,6 +137,9 @@ def settings(
         # Or "uniform", "erk", "erdos_renyi", {glob: sparsity}, "of_masks" (of init).
         distribution=distribution or OWN_DISTRIBUTION.get(method, "uniform"),
         begin=placeholder(int),  # dense before this step; None: the method at once
+        # Whether the log tells what share of the weights outside the first A has been in
+        # A since: masked layout, two bytes a weight.
+        track_reservoir=False,
     )
     if method in ("static", "deep_r", *DROP_GROW):
         sparse.init = "random"  # the first A; or "magnitude", or masks.npz

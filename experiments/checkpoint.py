@@ -113,6 +113,25 @@ class Checkpoints:
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def newest(self) -> dict[str, Any] | None:
+        """`meta` of the newest checkpoint; None where there is none.
+
+        Arrays are neither read nor verified.
+
+        Raises:
+          ValueError: it cannot be read, or is not as it was when it was sealed.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        path = self.folder / str(steps[-1])
+        try:
+            return _meta(path, "meta")
+        except Exception as error:  # whatever a broken folder makes of Orbax
+            raise ValueError(
+                f"checkpoint {path} cannot be read: {_line(error)}"
+            ) from error
+
     def save(
         self,
         step: int,
@@ -344,9 +363,9 @@ def _read(path: epath.Path, **parts: Any) -> Any:
         return checkpointer.restore(path, args=ocp.args.Composite(**parts))
 
 
-def _meta(path: epath.Path) -> dict[str, Any]:
-    """`meta` of a checkpoint that is as it was when it was sealed."""
-    seal.verify(path)
+def _meta(path: epath.Path, part: str = "") -> dict[str, Any]:
+    """`meta` of a checkpoint that is as it was when it was sealed, or a part of it."""
+    seal.verify(path, part)
     meta: dict[str, Any] = _read(path, meta=ocp.args.JsonRestore())["meta"]
     return meta
 

@@ -13,12 +13,13 @@ from experiments import log
 BAD_INPUT = 2
 
 
-def run(main: Callable[[list[str]], int]) -> NoReturn:
+def run(main: Callable[[list[str]], int], *, positional: bool = False) -> NoReturn:
     """Parses the flags, runs `main(argv)` and exits with what it returns.
 
     Args:
       main: takes the arguments that are no flags. A `BadInput` it raises is printed as
         `error: ...`; `--verbosity=1` shows where it comes from.
+      positional: whether there may be any, beside the program's name.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -32,7 +33,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
     def guarded(argv: list[str]) -> int:
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not positional:
                 raise BadInput(f"unexpected arguments: {' '.join(argv[1:])}")
             return main(argv)
         except BadInput as error:

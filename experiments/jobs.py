@@ -158,7 +158,8 @@ def _require_same_settings(job: Job) -> None:
     path = job.folder / SETTINGS
     if job.result() is None or not path.exists():
         return
-    if json.loads(path.read_text()) != job.settings():
+    found, settings = json.loads(path.read_text()), job.settings()
+    if {key: found.get(key) for key in settings} != settings:  # labels may change
         raise ValueError(
             f"{job.folder} holds a run of other settings, see {SETTINGS} there; name "
             "another --workdir, or another job"

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import topkast_jax as tk
-from experiments import methods
+from experiments import explored, methods
 
 Schedule = Callable[[Any], Any]
 
@@ -132,8 +132,9 @@ def sparse(
     """The optimizer under the sparse method that `config` names.
 
     Args:
-      config: where wanted, `layout`, `reset`, `axes`, `refresh_delay`; the rest as
-        `methods.build` takes it.
+      config: where wanted, `layout`, `reset`, `axes`, `refresh_delay`, and
+        `track_reservoir` (see `experiments.explored`); the rest as `methods.build`
+        takes it.
       optimizer: what to wrap.
       rate: the schedule inside `optimizer`, for a decoupled penalty.
       steps: length of the run: a refresh must fall within it.
@@ -152,6 +153,12 @@ def sparse(
     arguments.pop("reservoir", None)  # of the loop, see experiments/assembly.py
     delay = arguments.pop("refresh_delay", 0)
     reset, axes = arguments.pop("reset", "init"), arguments.pop("axes", ())
+    remember = arguments.pop("track_reservoir", False)
+    if remember and layout != "masked":
+        raise ValueError(
+            f"sparse.track_reservoir=True needs layout=masked, not {layout!r}: packed "
+            "masks change outside of the update"
+        )
     method = methods.build(arguments, steps)
     tx = tk.sparse(
         optimizer,
@@ -163,7 +170,7 @@ def sparse(
         learning_rate=rate,
         refresh_delay=delay,
     )
-    return tx, method
+    return explored.remembering(tx) if remember else tx, method
 
 
 def _named(name: str) -> Callable[..., Any]:

@@ -51,7 +51,8 @@ def _kind(rows: Sequence[log.Row], kind: str) -> list[log.Row]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def _dress(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> None:
+def dress(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") -> None:
+    """Title, grid and quiet colours, the same in all pictures."""
     axes.set_title(title, loc="left", fontsize=11.5, color=INK, pad=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
@@ -62,7 +63,8 @@ def _dress(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> None:
     axes.yaxis.label.set_color(MUTED)
 
 
-def _empty(axes: Axes, text: str) -> None:
+def empty(axes: Axes, text: str) -> None:
+    """Says why there is nothing to see."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=MUTED)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -86,10 +88,10 @@ def _loss(axes: Axes, rows: Sequence[log.Row]) -> None:
     bits = any("bits_per_byte" in row for row in train)
     name = "bits_per_byte" if bits else "loss"
     label = "bits per byte" if bits else "loss"
-    _dress(axes, f"{label.capitalize()}: training, and held-out with exported weights")
+    dress(axes, f"{label.capitalize()}: training, and held-out with exported weights")
     steps, values = _series(train, name)
     if not steps:
-        _empty(axes, "no rows yet")
+        empty(axes, "no rows yet")
         return
     axes.plot(steps, values, color=PALE, linewidth=1.6, label="training")
     # The first few steps go through values that would flatten all the rest.
@@ -115,10 +117,10 @@ def _loss(axes: Axes, rows: Sequence[log.Row]) -> None:
 
 
 def _churn(axes: Axes, rows: Sequence[log.Row]) -> None:
-    _dress(axes, "Churn: share of the forward set that is new after a refresh")
+    dress(axes, "Churn: share of the forward set that is new after a refresh")
     steps, values = _series(rows, "churn")
     if not steps:
-        _empty(axes, "no refresh")
+        empty(axes, "no refresh")
         return
     axes.vlines(steps, 0, [100 * v for v in values], color=PALE, linewidth=1.6)
     axes.plot(steps, [100 * v for v in values], "o", color=ORANGE, markersize=4.5)
@@ -128,9 +130,9 @@ def _churn(axes: Axes, rows: Sequence[log.Row]) -> None:
 
 
 def _layers(axes: Axes, rows: Sequence[log.Row]) -> None:
-    _dress(axes, "Sparsity per layer, %", grid="x")
+    dress(axes, "Sparsity per layer, %", grid="x")
     if not rows:
-        _empty(axes, "dense: no masks")
+        empty(axes, "dense: no masks")
         return
     paths = list(rows[-1]["forward"])
     forward = [100 * rows[-1]["forward"][path] for path in paths]
@@ -149,7 +151,7 @@ def _layers(axes: Axes, rows: Sequence[log.Row]) -> None:
 
 
 def _cost(axes: Axes, rows: Sequence[log.Row]) -> None:
-    _dress(axes, "Cost beside the dense step, ratio", grid="x")
+    dress(axes, "Cost beside the dense step, ratio", grid="x")
     dense, train = _kind(rows, "dense"), _kind(rows, "train")
     bars: list[tuple[str, float, str, str]] = []
     if train and train[-1].get("flops_fraction") is not None:
@@ -165,7 +167,7 @@ def _cost(axes: Axes, rows: Sequence[log.Row]) -> None:
         if dense and dense[-1].get(name) is not None:
             bars.append((label, dense[-1][name], color, ""))
     if not bars:
-        _empty(axes, "no dense step was timed")
+        empty(axes, "no dense step was timed")
         return
     for place, (_, value, color, hatch) in enumerate(bars):
         axes.barh(place, value, height=0.6, color=color, hatch=hatch,

@@ -65,7 +65,8 @@ class Child:
 
     def run(self, job: Job, lock: IO[str], cache: pathlib.Path) -> int:
         """Trains; returns the exit code."""
-        (job.folder / SETTINGS).write_text(json.dumps(job.settings(), indent=1) + "\n")
+        told = job.settings() | {"labels": job.labels}
+        (job.folder / SETTINGS).write_text(json.dumps(told, indent=1) + "\n")
         with (job.folder / OUTPUT).open("ab") as output:
             self._process = subprocess.Popen(
                 [*PROGRAM, *job.arguments()],

@@ -31,6 +31,7 @@ from experiments import (
     compare,
     distributed,
     evaluate,
+    explored,
     log,
     packing,
     paths,
@@ -294,6 +295,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Outcome:
             paid += spent
             if log_now:
                 row = train_row(at, masks, later(refreshed, run.delay), run.rate)
+                row |= explored.measured(state.opt_state)
                 fast = speed.measured(rows, timed, seconds, paid, mesh)
                 out.write("train", at.step, row | fast)
                 churn = {"churn": row["churn"]} if "churn" in row else churn

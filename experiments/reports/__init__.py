@@ -1,0 +1,1 @@
+"""Parts of `experiments.report`: runs, groups of them, tables, pictures, the page."""
