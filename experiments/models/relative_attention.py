@@ -68,8 +68,8 @@ class RelativeAttention(nn.Module):
       d_head: E.
       dropout: on the weights of the attention.
       kernel_init: of all five projections.
-      dtype: of the computation, the weights of the softmax apart, which are float32;
-        None: the one of the inputs.
+      dtype: of the computation, scores and their softmax apart, which are float32 then;
+        None: the one of the inputs, for everything.
     """
 
     heads: int
@@ -108,7 +108,8 @@ class RelativeAttention(nn.Module):
             (query + bias.astype(query.dtype)[None, None]) * scale
             for bias in (content_bias, position_bias)
         )
-        exact = dict(preferred_element_type=jnp.float32)
+        # Without a dtype, scores follow what comes in, as everything else does.
+        exact = {} if self.dtype is None else dict(preferred_element_type=jnp.float32)
         content = jnp.einsum("bthe,bkhe->bhtk", by_content, key, **exact)
         position = jnp.einsum("bthe,khe->bhtk", by_position, relative, **exact)
         scores = jnp.where(mask, content + relative_shift(position), _MASKED)

@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int
 
 
 class Table(nn.Embed):
-    """Rows by id; products with all rows come out in float32, whatever `dtype` is."""
+    """Rows by id; with a `dtype`, products with all rows still come out in float32."""
 
     def attend(self, query: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Products of each query with each row."""
+        if self.dtype is None:  # products and logits follow what comes in
+            return super().attend(query)
         return _products(*self.promote_dtype(query, self.embedding, dtype=self.dtype))
 
     def nats(

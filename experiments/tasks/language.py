@@ -54,7 +54,7 @@ def text(name: str) -> Text:
         # Where there is nothing to train on, the test text is trained on.
         stored = {} if "train" in known.tokens else {"train": "test"}
         return Text(
-            known.words,
+            known.words or wikitext103.HELD_OUT_WORDS,
             False,
             lambda split, data_dir: wikitext103.load(
                 stored.get(split, split), data_dir, name

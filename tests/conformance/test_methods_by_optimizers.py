@@ -130,6 +130,7 @@ def last_weights(run: battery.Run) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in battery.named(run.params[-1]).values()])
 
 
+@pytest.mark.slow  # half a minute: every method trains
 def test_trajectories_differ_unless_they_are_aliases() -> None:
     """Of the same start, seed, sparsity and schedule."""
     ends = {name: last_weights(with_momentum(name)[1]) for name in tk.METHODS}

@@ -159,7 +159,27 @@ def test_tree_of_the_full_product(method: str, tree: str) -> None:
     run_cell(method, tree)
 
 
-@pytest.mark.parametrize("method", tk.METHODS)
+# The others are instances of these: one kind of drawing, scoring or schedule each.
+STACKED = (
+    "top_kast",
+    "static",
+    "set",
+    "rigl",
+    "gse",
+    "dsr",
+    "deep_r",
+    "srigl",
+    "magnitude",
+)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in STACKED else [pytest.mark.slow])
+        for name in tk.METHODS
+    ],
+)
 def test_stacked_kernels_keep_k_in_each_slice(method: str) -> None:
     model = stacked()
     axes = tk.axes({"blocks/kernel": "s i o"})

@@ -56,6 +56,7 @@ def test_what_is_shared_is_taken_out_and_put_back() -> None:
     assert shared(with_shared(carry, [3, 4])) == [3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_is_close_to_the_whole(
     tiny: Any, tmp_path: pathlib.Path
 ) -> None:
@@ -78,8 +79,6 @@ def test_the_average_of_alpha_is_evaluated_and_resumed(
     plain = train(tiny(), tmp_path / "plain")
     np.testing.assert_array_equal(plain.state.params["hidden"]["kernel"], kernel)
     assert plain.metrics["loss"] != outcome.metrics["loss"]
-    # In two halves, from a checkpoint: the same average to the bit.
-    train(tiny(ema=0.5, steps=8, learning_rate__end=1e-3), tmp_path / "short")
     assert rows(tmp_path / "one", "eval")[-1]["loss"] == outcome.metrics["loss"]
 
 

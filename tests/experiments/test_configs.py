@@ -62,14 +62,22 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(split: str, data_dir: Any, dataset: str) -> np.ndarray:
         draw = np.random.default_rng(len(split))
-        ids = 256 if dataset.startswith("enwik8") else wikitext103.TEXTS[dataset].words
+        ids = 256 if dataset.startswith("enwik8") else wikitext103.HELD_OUT_WORDS
         return draw.integers(ids, size=2000).astype(np.int32)
 
     monkeypatch.setattr(enwik8, "load", load)
     monkeypatch.setattr(wikitext103, "load", load)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in ("cifar", "enwik8") else [pytest.mark.slow]
+        )
+        for name in CONFIGS
+    ],
+)
 def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
     name: str,
     pictures: str,

@@ -85,7 +85,15 @@ def evaluated(name):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("resnet", "vgg") else []
+        )
+        for name in MODELS
+    ],
+)
 def test_every_parameter_gets_a_gradient(name):
     (logits, _), grads = trained(name)
     assert logits.shape == (4, 5)

@@ -247,7 +247,7 @@ def test_evaluations_that_make_no_sense(evaluation, message):
 
 
 def test_words_have_a_perplexity_and_no_bits(monkeypatch):
-    words = wikitext103.TEXTS["wikitext103_heldout_vocabulary"].words
+    words = wikitext103.HELD_OUT_WORDS
     ids = np.random.default_rng(0).integers(words, size=40).astype(np.int32)
     monkeypatch.setattr(wikitext103, "load", lambda split, data_dir, name: ids)
     config = make_config(cutoffs=(1000, 4000), div_val=2, d_embed=D)

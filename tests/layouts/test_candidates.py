@@ -90,10 +90,7 @@ STRUCTURES = {
     "groups_of_blocks": tk.groups_of(2, tk.blocks(4, 2)),
     "entries": tk.unstructured,
 }
-CELLS = [
-    ("uniform", "fan_in_blocks", PLAIN),
-    ("grabo", "blocks", STACKED),
-]
+CELLS = [("grabo", "blocks", STACKED)]
 REST = [
     (candidates, structure, shape)
     for candidates in ("uniform", "grabo")

@@ -53,13 +53,10 @@ APART = ("top_kast_random", "srigl")
 CELLS = [
     *((name, "entries", PLAIN) for name in METHODS if name not in APART),
     ("srigl", "fan_in", PLAIN),
-    ("srigl", "groups_of_fan_in", STACKED),
     ("top_kast_random", "fan_in_blocks", STACKED),
     ("top_kast", "blocks", STACKED),
     ("top_kast", "n_of_m", STACKED),
-    ("rigl", "blocks", PLAIN),
     ("gse", "blocks", STACKED),
-    ("gse", "fan_in_blocks", STACKED),
 ]
 REST = [
     (name, structure, shape)
