@@ -4,8 +4,9 @@
     python -m experiments.sweep --sweep=configs/sweeps/backward.py --table
 
 Forward sparsity 90 % on the quickstart, 500 of its 1500 steps, masked layout, three
-seeds. At 90/90 there is nothing to explore, and at 90/0 B is everything, so "random" has
-jobs between them only. A job takes about two minutes on one CPU core.
+seeds, masks every 100 steps and, where B is larger than A, every 10. At 90/90 there is
+nothing to explore, and at 90/0 B is everything, so "random" has jobs between them only.
+A job takes about a minute on one quiet CPU core.
 
 One seed of everything comes before the next seed.
 """
@@ -25,14 +26,21 @@ def get_sweep() -> list[dict[str, Any]]:
             jobs.append(_job("top", backward, seed))
             if 0 < backward < 0.9:
                 jobs.append(_job("random", backward, seed))
+            if backward < 0.9:
+                jobs.append(_job("top, masks every 10 steps", backward, seed, 10))
     return jobs
 
 
-def _job(explore: str, backward: float, seed: int) -> dict[str, Any]:
+def _job(
+    explore: str, backward: float, seed: int, refresh: int | None = None
+) -> dict[str, Any]:
+    often = {} if refresh is None else {"sparse.refresh": refresh}
+    first, *_ = explore.split(",")
+    name = first if refresh is None else f"{first}-every-{refresh}"
     return dict(
-        name=f"{explore}-{100 * backward:.0f}-{seed}",
+        name=f"{name}-{100 * backward:.0f}-{seed}",
         config=f"configs/quickstart.py:forward=0.9,backward={backward}",
-        overrides={**EVERY_JOB, "seed": seed, "sparse.explore": explore},
+        overrides={**EVERY_JOB, "seed": seed, "sparse.explore": first, **often},
         labels={
             "B beyond A": explore,
             "sparsity": f"90/{100 * backward:.0f}",
