@@ -4,6 +4,7 @@ A line a job, JSON: its name, what it depended on, what it ended with, and the c
 devices of the process that wrote it down. So a sweep goes on on another machine.
 """
 
+import fcntl
 import json
 import os
 import pathlib
@@ -48,7 +49,19 @@ def known(jobs: Sequence[Job], rows: Mapping[str, Mapping[str, Any]]) -> list[Jo
 
 
 def write(file: pathlib.Path, jobs: Sequence[Job]) -> None:
-    """Adds finished jobs that the file does not have; others keep their lines."""
+    """Adds finished jobs that the file does not have; others keep their lines.
+
+    Processes that write at once wait for each other, and lose nothing.
+    """
+    folder = os.open(file.parent, os.O_RDONLY)  # locked, so that no lock file is left
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        _write(file, jobs)
+    finally:
+        os.close(folder)
+
+
+def _write(file: pathlib.Path, jobs: Sequence[Job]) -> None:
     rows = read(file)
     origin = provenance({})
     for job in jobs:

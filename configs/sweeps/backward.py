@@ -4,8 +4,9 @@
     python -m experiments.sweep --sweep=configs/sweeps/backward.py --table
 
 Forward sparsity 90 % on the quickstart, 500 of its 1500 steps, masked layout, three
-seeds, masks every 100 steps and, where B is larger than A, every 10. At 90/90 there is
-nothing to explore, and at 90/0 B is everything, so "random" has jobs between them only.
+seeds, masks every 100 steps and, where B is larger than A, every 10 and at every step.
+At 90/90 there is nothing to explore, and at 90/0 B is everything, so "random" has jobs
+between them only.
 A job takes about a minute on one quiet CPU core.
 
 One seed of everything comes before the next seed.
@@ -28,6 +29,7 @@ def get_sweep() -> list[dict[str, Any]]:
                 jobs.append(_job("random", backward, seed))
             if backward < 0.9:
                 jobs.append(_job("top, masks every 10 steps", backward, seed, 10))
+                jobs.append(_job("top, masks at every step", backward, seed, 1))
     return jobs
 
 

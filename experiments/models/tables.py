@@ -18,9 +18,10 @@ class Table(nn.Embed):
 
     def attend(self, query: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Products of each query with each row."""
+        query, rows = self.promote_dtype(query, self.embedding, dtype=self.dtype)
         if self.dtype is None:  # products and logits follow what comes in
-            return super().attend(query)
-        return _products(*self.promote_dtype(query, self.embedding, dtype=self.dtype))
+            return jnp.dot(query, rows.T)
+        return _products(query, rows)
 
     def nats(
         self,

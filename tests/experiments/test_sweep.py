@@ -1,5 +1,6 @@
 """A sweep runs its jobs once, survives what goes wrong, and says what came out."""
 
+import concurrent.futures
 import fcntl
 import json
 import math
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from runs import ROOT
@@ -157,6 +158,24 @@ def test_results_outlive_the_folders_of_their_runs(
     changed = jobs.load(write(job("one", 3), job("two", 2)), tmp_path / "third")
     known = results.known(changed, results.read(file))
     assert known[0].result() is None and known[1].result() is not None
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: pathlib.Path) -> None:
+    class Done(NamedTuple):
+        name: str
+        kept: None = None
+
+        def result(self) -> dict[str, float]:
+            return {"loss": 1.0}
+
+        def settings(self) -> dict[str, Any]:
+            return {}
+
+    file, names = tmp_path / "results.jsonl", [f"job-{i}" for i in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda name: results.write(file, [Done(name)]), names))  # type: ignore[list-item]
+    assert sorted(results.read(file)) == sorted(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_file_that_holds_no_results_is_refused(tmp_path: pathlib.Path) -> None:
