@@ -36,7 +36,9 @@ def get_sweep() -> list[dict[str, Any]]:
 def _job(
     explore: str, backward: float, seed: int, refresh: int | None = None
 ) -> dict[str, Any]:
-    often = {} if refresh is None else {"sparse.refresh": refresh}
+    often = {}
+    if refresh is not None:  # the last at step 400, as with the others
+        often = {"sparse.refresh": refresh, "sparse.refresh_stop": 401}
     first, *_ = explore.split(",")
     name = first if refresh is None else f"{first}-every-{refresh}"
     return dict(
