@@ -96,7 +96,7 @@ class View(Protocol):
     The arrays run over the entries that the layout holds: all of them in the masked
     layout, those of B in a packed one. `grad` is zero outside B and P. A method reads
     them elementwise. `size` is how many units compete in one selection, `counts` how
-    many of them A and B keep. `stats` is what `tx.update(..., stats=...)` was given for
+    many of them A and B keep. `step` is that of the masks. `stats` is what `tx.update(..., stats=...)` was given for
     this parameter, or None. `seen` is P of the step that `grad` is of, as a set; None
     where that was everything, or nothing.
     """
@@ -115,6 +115,8 @@ class View(Protocol):
     def size(self) -> int: ...
     @property
     def learning_rate(self) -> Scalar | None: ...
+    @property
+    def step(self) -> Any: ...
     @property
     def stats(self) -> Any: ...
     @property
@@ -240,7 +242,7 @@ class Method(NamedTuple):
       candidates: `(leaf, memory, step) -> entries`, those whose gradient is seen in step
         `step`; None for all of them. Of the verbs, the leaf has only `pairs` in the packed
         layouts (`Draws`).
-      observe: `(grad, memory) -> memory`, every step.
+      observe: `(grad, memory, step) -> memory`, every step.
       penalty: `(leaf) -> gradient` of the method's own penalty, added on B.
       adjust: `(update, leaf, memory) -> update`, after the inner optimizer, every step.
       needs_learning_rate: whether `adjust` reads `leaf.learning_rate`.
@@ -267,7 +269,7 @@ class Method(NamedTuple):
     structure: Any
     probe: bool | Literal["always"] | Due = False
     candidates: Callable[[Any, Memory, Any], Entries] | None = None
-    observe: Callable[[Array, Memory], Memory] | None = None
+    observe: Callable[[Array, Memory, Any], Memory] | None = None
     penalty: Callable[[View], Array] | None = None
     adjust: Callable[[Array, View, Memory], Array] | None = None
     needs_learning_rate: bool = False

@@ -218,7 +218,7 @@ def sparse(
             odd[i] = faults.count(raw[i], seen)
             grads[i] = _on(seen, raw[i])
             if site.method.observe is not None:
-                memory[i] = site.method.observe(grads[i], memory[i])
+                memory[i] = site.method.observe(grads[i], memory[i], step)
 
         # 2. The inner optimizer sees B, with the method's own penalty.
         inward = list(raw)

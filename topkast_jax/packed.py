@@ -55,12 +55,14 @@ def transformation(recipe: Recipe) -> Sparse:
             key = _trees.leaf_key(state.sparse_seed, path, step)
             rate = recipe.rate(step)
             theta = jnp.asarray(flat[i].array)
-            return PackedLeaf(theta, raw[i], indices[i], path, key, memory[i], rate)
+            return PackedLeaf(
+                theta, raw[i], indices[i], path, key, memory[i], rate, step=step
+            )
 
         inward = list(raw)
         for i, method in methods.items():
             if method.observe is not None:
-                memory[i] = method.observe(raw[i], memory[i])
+                memory[i] = method.observe(raw[i], memory[i], step)
             if method.penalty is not None:
                 inward[i] = raw[i] + method.penalty(leaf(i)).astype(raw[i].dtype)
         outward, inner_state = inner.update(

@@ -37,6 +37,18 @@ class At:
         return due
 
 
+def at_step(number: float | Schedule, step: Any) -> Any:
+    """A number, or the value of a schedule at a step."""
+    return number(step) if callable(number) else number
+
+
+def require_at_least(least: float | int, **numbers: float | Schedule) -> None:
+    """Raises ValueError naming a number below `least`; schedules pass."""
+    for name, number in numbers.items():
+        if not callable(number) and not number >= least:
+            raise ValueError(f"{name}={number} must be at least {least:g}")
+
+
 def every(n: int, start: int | None = None, stop: int | None = None) -> Every:
     """Due every `n` steps: at `start` (default `n`), start + n, ... below `stop`.
 

@@ -79,6 +79,7 @@ def view(
         learning_rate=learning_rate,
         stats=stats,
         seen=seen if getattr(seen, "ndim", 0) else None,
+        step=step,
     )
 
 

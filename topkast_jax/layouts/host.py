@@ -55,6 +55,7 @@ class HostLeaf:
     learning_rate: Any = None
     stats: Any = None
     seen: Set | None = None
+    step: Any = None
 
     @property
     def size(self) -> int:

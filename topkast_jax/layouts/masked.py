@@ -30,6 +30,7 @@ class MaskedLeaf:
     learning_rate: Scalar | None = None
     stats: Any = None
     seen: Any = None
+    step: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -137,6 +137,7 @@ class PackedLeaf:
     learning_rate: Scalar | None = None
     stats: Any = None
     seen: Any = None
+    step: Any = None
 
     def pairs(
         self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None

@@ -8,11 +8,11 @@ from jaxtyping import Array
 
 from topkast_jax import distribution as distribution_lib
 from topkast_jax._trees import Where, kernels
-from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, View
+from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule, View
 from topkast_jax.distribution import Distribution
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
-from topkast_jax.schedule import every
+from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import magnitude
 from topkast_jax.select import top_k_tree
 from topkast_jax.structure import Structure, unstructured
@@ -25,8 +25,8 @@ _SIGNS, _NOISE = 2**32 - 3, 2**32 - 4
 def deep_r(
     sparsity: float,
     *,
-    l1: float = 1e-4,
-    temperature: float = 1e-6,
+    l1: float | Schedule = 1e-4,
+    temperature: float | Schedule = 1e-6,
     scope: Scope = "network",
     strict: bool = False,
     refresh: Due = every(1),
@@ -54,8 +54,8 @@ def deep_r(
 
     Args:
       sparsity: fraction of zeros, in [0, 1).
-      l1: alpha, weight of the L1 penalty, at least 0.
-      temperature: T, at least 0.
+      l1: alpha, weight of the L1 penalty, at least 0, or a schedule of it.
+      temperature: T, at least 0, or a schedule of it.
       scope: whether K is that of the "network", so that entries move between parameters
         (the paper), or of each "leaf".
       strict: whether theta = 0 counts as dormant.
@@ -84,9 +84,7 @@ def deep_r(
       Bellec et al., "Deep Rewiring: Training very sparse deep networks", 2018,
       arXiv 1711.05136.
     """
-    for name, value in (("l1", l1), ("temperature", temperature)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be at least 0")
+    require_at_least(0, l1=l1, temperature=temperature)
     if scope not in ("network", "leaf"):
         raise ValueError(f"scope={scope!r} is not 'network' or 'leaf'")
     if structure.block != (1, 1):
@@ -113,8 +111,9 @@ def deep_r(
         assert leaf.learning_rate is not None  # needs_learning_rate, below
         eta, s = leaf.learning_rate, signs.astype(update.dtype)
         nu = noise(leaf.key, leaf.shape, update.dtype)
-        pull = jnp.asarray(eta * l1, update.dtype)
-        push = jnp.asarray(jnp.sqrt(2 * eta * temperature), update.dtype)
+        pull = jnp.asarray(eta * at_step(l1, leaf.step), update.dtype)
+        heat = at_step(temperature, leaf.step)
+        push = jnp.asarray(jnp.sqrt(2 * eta * heat), update.dtype)
         return update - pull * s + push * (s * nu)
 
     def alive(leaf: Leaf, signs: Memory) -> Any:

@@ -1,5 +1,6 @@
 """A dense beginning for any method."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -80,6 +81,15 @@ def delayed(method: Method, start: int) -> Method:
         assert method.candidates is not None
         return method.candidates(leaf, memory, step - start)
 
+    def penalty(leaf: Any) -> Any:
+        assert method.penalty is not None
+        since = jnp.maximum(leaf.step - start, 0)
+        return method.penalty(dataclasses.replace(leaf, step=since))
+
+    def observe(grad: Any, memory: Memory, step: Any) -> Memory:
+        assert method.observe is not None
+        return method.observe(grad, memory, jnp.maximum(step - start, 0))
+
     probe = method.probe
     if callable(probe):
         seen: Due = probe
@@ -93,6 +103,8 @@ def delayed(method: Method, start: int) -> Method:
         due=due,
         across=None if method.across is None else across,
         candidates=None if method.candidates is None else candidates,
+        penalty=None if method.penalty is None else penalty,
+        observe=None if method.observe is None else observe,
         probe=probe,
         fixed=False,
         note=f"dense before step {start}"

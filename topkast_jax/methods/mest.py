@@ -10,7 +10,7 @@ from topkast_jax.distribution import Copies, Distribution, Shapes
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
-from topkast_jax.schedule import every
+from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.structure import Structure, unstructured
 
@@ -19,7 +19,7 @@ def mest(
     sparsity: float,
     *,
     drop_fraction: float | Schedule = 0.3,
-    weight: float = 0.01,
+    weight: float | Schedule = 0.01,
     soft: bool = False,
     refresh: Due = every(100),
     distribution: Distribution = distribution_lib.uniform,
@@ -44,7 +44,7 @@ def mest(
     Args:
       sparsity: fraction of zeros, in [0, 1); with the soft bound, of the target k.
       drop_fraction: share of k that mutates, in [0, 1], or a schedule of it by step.
-      weight: lambda, at least 0.
+      weight: lambda, at least 0, or a schedule of it.
       soft: whether the bound on |A| is soft.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters.
@@ -69,8 +69,7 @@ def mest(
       Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on
       the Edge", 2021, arXiv 2110.14032.
     """
-    if not weight >= 0:
-        raise ValueError(f"weight={weight} must be at least 0")
+    require_at_least(0, weight=weight)
     share = share_of(drop_fraction)
     base = static(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
@@ -92,7 +91,7 @@ def mest(
     ) -> tuple[LeafMasks, Memory]:
         k = leaf.counts.forward
         n = leaf.portion(share(step), k)
-        scores = magnitude(leaf) + weight * gradient(leaf)
+        scores = magnitude(leaf) + at_step(weight, step) * gradient(leaf)
         kept = leaf.top(scores, k if soft else k - n, among=leaf.forward)
         chosen = leaf.union(kept, leaf.draw(n, outside=kept))
         return leaf.masks(chosen, chosen), memory

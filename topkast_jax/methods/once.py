@@ -170,7 +170,8 @@ def snip(
     def sensitivity(leaf: Any, memory: Memory) -> Array:
         return abs(leaf.value * (memory if summed else leaf.grad))
 
-    def add(grad: Array, memory: Memory) -> Memory:
+    def add(grad: Array, memory: Memory, step: Any) -> Memory:
+        del step
         return memory + (abs(grad) if average == "score" else grad)
 
     base = falling(sparsity, 0.0, scope, distribution, structure, where, "magnitude")

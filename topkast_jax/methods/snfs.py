@@ -15,7 +15,7 @@ from topkast_jax.methods.between import counts_of, regrowth, require_movable
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
-from topkast_jax.schedule import every
+from topkast_jax.schedule import at_step, every
 from topkast_jax.structure import Structure, unstructured
 
 
@@ -23,7 +23,7 @@ def snfs(
     sparsity: float,
     *,
     drop_fraction: float | Schedule = 0.5,
-    momentum: float = 0.9,
+    momentum: float | Schedule = 0.9,
     redistribute: bool = True,
     refresh: Due = every(100),
     distribution: Distribution = distribution_lib.uniform,
@@ -49,7 +49,7 @@ def snfs(
       sparsity: fraction of zeros, in [0, 1).
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step. The
         paper anneals 0.5 with a cosine, once an epoch.
-      momentum: beta, in [0, 1).
+      momentum: beta, in [0, 1), or a schedule of it.
       redistribute: whether entries move between layers; else each layer regrows its own.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters at the start.
@@ -76,7 +76,7 @@ def snfs(
       Dettmers and Zettlemoyer, "Sparse Networks from Scratch: Faster Training without
       Losing Performance", 2019, arXiv 1907.04840.
     """
-    if not 0 <= momentum < 1:
+    if not callable(momentum) and not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum} must lie in [0, 1)")
     if redistribute:
         require_movable(structure, "tk.snfs(redistribute=True)")
@@ -88,8 +88,9 @@ def snfs(
     def first(leaf: Leaf) -> tuple[LeafMasks, Memory]:
         return base.init(leaf)[0], jnp.zeros_like(leaf.value, jnp.float32)
 
-    def observe(grad: Array, mean: Memory) -> Memory:
-        return momentum * mean + (1 - momentum) * grad.astype(jnp.float32)
+    def observe(grad: Array, mean: Memory, step: Any) -> Memory:
+        beta = at_step(momentum, step)
+        return beta * mean + (1 - beta) * grad.astype(jnp.float32)
 
     def replaced(leaf: Leaf, kept: Any, n: Any) -> LeafMasks:
         chosen = leaf.union(kept, leaf.grow(score.momentum, n, outside=kept))

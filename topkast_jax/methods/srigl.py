@@ -13,7 +13,7 @@ from topkast_jax.distribution import Distribution
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
 from topkast_jax.methods.static import static
-from topkast_jax.schedule import every
+from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.select import top_k
 from topkast_jax.structure import Structure, fan_in
@@ -22,7 +22,7 @@ from topkast_jax.structure import Structure, fan_in
 def srigl(
     sparsity: float,
     *,
-    gamma_sal: float = 0.3,
+    gamma_sal: float | Schedule = 0.3,
     drop_fraction: float | Schedule = 0.3,
     refresh: Due = every(100),
     distribution: Distribution = distribution_lib.uniform,
@@ -51,8 +51,8 @@ def srigl(
 
     Args:
       sparsity: fraction of zeros, in [0, 1).
-      gamma_sal: share of the fan-in that must be salient, at least 0. The paper uses 0.3
-        for convolutional networks and 0.95 for transformers.
+      gamma_sal: share of the fan-in that must be salient, at least 0, or a schedule of
+        it. The paper uses 0.3 for convolutional networks and 0.95 for transformers.
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters.
@@ -80,8 +80,7 @@ def srigl(
       arXiv 2305.02299.
     """
     structure = fan_in() if structure is None else structure
-    if not gamma_sal >= 0:
-        raise ValueError(f"gamma_sal={gamma_sal} must be at least 0")
+    require_at_least(0, gamma_sal=gamma_sal)
     if structure.scope != "column":
         raise ValueError(
             f"tk.srigl: {structure.name} keeps no constant fan-in; use tk.fan_in()"
@@ -116,7 +115,7 @@ def srigl(
         n = jnp.minimum(n, leaf.size * columns - nnz)
         salient = leaf.quota(magnitude(leaf), nnz - n, among=leaf.forward)
         salient += leaf.quota(gradient(leaf), n, among=~leaf.forward)
-        stays = salient >= math.ceil(gamma_sal * k)
+        stays = salient >= _threshold(at_step(gamma_sal, step), k)
         least = -(-k * columns // leaf.size)
         few = whole(stays) < least
         stays = (few & top_k(salient, least, outputs)) | (~few & stays)
@@ -141,6 +140,13 @@ def _regrown(leaf: Leaf, kept: Any, fan_in: Any) -> LeafMasks:
     stay = leaf.top(magnitude(leaf), kept, among=leaf.forward)
     chosen = leaf.union(stay, leaf.grow(gradient, fan_in - kept, outside=stay))
     return leaf.masks(chosen, chosen)
+
+
+def _threshold(share: Any, k: int) -> Any:
+    """`share * k` salient weights, rounded up."""
+    if isinstance(share, Array):
+        return jnp.ceil(share * k).astype(jnp.int32)
+    return math.ceil(share * k)
 
 
 def _rounded(share: Any, k: Any) -> Any:

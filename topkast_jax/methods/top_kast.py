@@ -7,9 +7,9 @@ from jaxtyping import Array
 
 from topkast_jax import distribution as distribution_lib
 from topkast_jax._trees import Where, kernels
-from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, View
+from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule, View
 from topkast_jax.distribution import Copies, Distribution, Shapes
-from topkast_jax.schedule import every
+from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import magnitude
 from topkast_jax.structure import Structure, unstructured
 
@@ -23,7 +23,7 @@ def top_kast(
     backward_sparsity: float,
     *,
     refresh: Due = every(100),
-    penalty: float = 1e-4,
+    penalty: float | Schedule = 1e-4,
     penalty_norm: Norm = "l2",
     penalty_mode: PenaltyMode = "gradient",
     stop: int | None = None,
@@ -55,7 +55,7 @@ def top_kast(
       forward_sparsity: fraction of zeros in the forward pass, in [0, 1).
       backward_sparsity: fraction of weights not updated, in [0, forward_sparsity].
       refresh: steps at which A and B are chosen anew.
-      penalty: lambda, at least 0.
+      penalty: lambda, at least 0, or a schedule of it.
       penalty_norm: "l2" or "l1".
       penalty_mode: "gradient" adds the penalty's gradient before the inner optimizer;
         "decoupled" subtracts learning rate times it after, as AdamW does with weight
@@ -96,8 +96,7 @@ def top_kast(
     ):
         if value not in options:
             raise ValueError(f"{name}={value!r} is not one of {options}")
-    if not penalty >= 0:
-        raise ValueError(f"penalty={penalty} must be at least 0")
+    require_at_least(0, penalty=penalty)
     if stop is not None and stop < 0:
         raise ValueError(f"stop={stop} must not be negative")
 
@@ -134,7 +133,7 @@ def top_kast(
     def penalty_gradient(leaf: View) -> Array:
         density = leaf.counts.forward / leaf.size
         theta = leaf.value if penalty_norm == "l2" else jnp.sign(leaf.value)
-        on_forward = penalty * theta
+        on_forward = at_step(penalty, leaf.step) * theta
         return jnp.where(leaf.forward, on_forward, on_forward / density)
 
     def decay(update: Array, leaf: View, memory: Memory) -> Array:
