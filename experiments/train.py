@@ -112,6 +112,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Outcome:
         run = assemble(cfg)
         trace = Trace(cfg.get("profile"), workdir / "profile")
         mesh, task, method = run.mesh, run.task, run.method
+        if run.packed and method.reservoir and paths.is_remote(workdir):
+            raise ValueError(
+                f"workdir={workdir}: the reservoir of {method.name} lives in files of "
+                "this machine; name a local workdir, or say layout=masked"
+            )
         abstract = run.abstract()  # what does not fit together is said now
         shard = meshes.own_rows(mesh)
         own = {} if shard == WHOLE else {"shard": shard}
@@ -137,11 +142,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Outcome:
             needed = packing.needs(abstract, method.reservoir)
             print(f"needs: {needed}")
             packing.require_memory(needed)
-            if method.reservoir and paths.is_remote(workdir):
-                raise ValueError(
-                    f"workdir={workdir}: the reservoir of {method.name} lives in files "
-                    "of this machine; name a local workdir, or say layout=masked"
-                )
     print(run.plan())
 
     if restored:
