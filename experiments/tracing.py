@@ -33,9 +33,7 @@ class Trace:
         """Begins or ends where it is time; all steps before are complete."""
         inside = self.first <= step < self.last
         if inside and not self._running:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it crashes where threads are at work
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            jax.profiler.start_trace(self._folder)
         elif self._running and not inside:
             jax.profiler.stop_trace()
         self._running = inside

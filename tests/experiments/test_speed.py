@@ -1,15 +1,17 @@
 """Throughput, utilisation, and profiles."""
 
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
+from runs import ROOT
 
 from experiments import speed
 from experiments.tracing import Trace
-from experiments.train import train
 
 
 class Device:
@@ -64,12 +66,33 @@ def test_steps_that_are_none(text: str, tmp_path: pathlib.Path) -> None:
         Trace(text, tmp_path)
 
 
-def test_a_profile_and_a_cache_are_written(tiny: Any, tmp_path: pathlib.Path) -> None:
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        config = tiny(profile="5:7", compilation_cache=str(tmp_path / "cache"))
-        train(config, tmp_path / "run")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+def test_a_profile_and_a_cache_are_written(tmp_path: pathlib.Path) -> None:
+    """By the program: the profiler crashes in a process of hundreds of programs."""
+    settings = {
+        "profile": "2:4",
+        "compilation_cache": tmp_path / "cache",
+        "data_dir": tmp_path / "data",
+        "sparse.where": "block_0/feed_forward/in/kernel",
+    }
+    subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "experiments.train",
+                f"--workdir={tmp_path / 'run'}",
+            ),
+            "--config=configs/quickstart.py:smoke,method=static",
+            *(f"--config.{key}={value}" for key, value in settings.items()),
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": "",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        check=True,
+        capture_output=True,
+    )
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "cache").iterdir())
