@@ -275,7 +275,7 @@ def sparse(
             if reset == "init":
                 fresh = inner.init(treedef.unflatten(_add(theta, new_u)))
                 changed = {
-                    s.index: new_sets[s.index].backward ^ operand.sets[s.index].backward
+                    s.index: sets_lib.changed(s, operand.sets, new_sets)
                     for s in group.sites
                 }
                 new_inner = _reset(new_inner, fresh, flat, changed)

@@ -92,6 +92,14 @@ def kept(site: Site, sets: Mapping[int, LeafMasks]) -> Array:
     return mine.backward if site.method.fixed else mine.backward | mine.forward
 
 
+def changed(
+    site: Site, old: Mapping[int, LeafMasks], new: Mapping[int, LeafMasks]
+) -> Array:
+    """Entries that enter or leave B, or are dropped from a larger A."""
+    moved = old[site.index].backward ^ new[site.index].backward
+    return moved if site.method.fixed else moved | (kept(site, old) ^ kept(site, new))
+
+
 def tree_of(treedef: Any, by_index: dict[int, Any]) -> PyTree:
     """A tree like the parameters, None where an index is left out."""
     return treedef.unflatten([by_index.get(i) for i in range(treedef.num_leaves)])
