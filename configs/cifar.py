@@ -51,22 +51,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         args["tiny"] or args["smoke"],
         sparse.choose(args),
     )
-    if args["size"] not in MODELS:
-        raise ValueError(
-            f"config argument size={args['size']} is none of {list(MODELS)}"
-        )
+    common.require_size(args["size"], MODELS)
     whole = round(200 * EPOCH)
     steps = 6 if smoke else 600 if small else whole
     anchor = common.anchors(args["multiplier"], steps, of=whole)
     vit = args["size"] == "vit" and not small
 
-    config = ml_collections.ConfigDict()
     size = "tiny" if small else args["size"]
-    config.name = f"{args['dataset']}-{size}-{chosen.suffix}"
-    config.seed = 0
-    config.init_from = placeholder(str)  # see configs/quickstart.py
-    config.init_map = ()
-    config.steps = anchor(whole)
+    config = common.begin(f"{args['dataset']}-{size}-{chosen.suffix}", anchor(whole))
 
     config.task = "classification"
     config.data = dict(
@@ -76,8 +68,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         side=32,
     )
     config.batch_size = 8 if smoke else 64 if small else 128
-    config.accumulate = 1
-    config.ema = 0.0
     config.label_smoothing = 0.0
     config.model = SMOKE if smoke else TINY if small else MODELS[args["size"]]
 

@@ -1,6 +1,6 @@
 """What config files share: their argument string, their anchors, their rhythm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -56,6 +56,27 @@ def anchors(
     if multiplier <= 0:
         raise ValueError(f"config argument multiplier={multiplier} must be positive")
     return lambda step: round(step * multiplier * steps / of)
+
+
+def require_size(size: str, sizes: Iterable[str]) -> None:
+    """Raises ValueError where a config has no network of that size."""
+    if size not in sizes:
+        raise ValueError(f"config argument size={size} is none of {list(sizes)}")
+
+
+def begin(name: str, steps: int) -> ml_collections.ConfigDict:
+    """A config with what every run of the papers' experiments has.
+
+    Args:
+      name: of the run; names the default workdir, runs/<name>.
+      steps: its length.
+    """
+    config = ml_collections.ConfigDict(dict(name=name, seed=0, steps=steps))
+    config.init_from = placeholder(str)  # see configs/quickstart.py
+    config.init_map = ()
+    config.accumulate = 1  # parts of a batch, one after the other, for one update
+    config.ema = 0.0  # decay of the average of weights to evaluate with; 0: none
+    return config
 
 
 def rhythm(

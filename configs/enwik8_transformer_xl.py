@@ -62,27 +62,20 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         args["tiny"] or args["smoke"],
         sparse.choose(args),
     )
-    if args["size"] not in SIZES:
-        raise ValueError(
-            f"config argument size={args['size']} is none of {list(SIZES)}"
-        )
+    common.require_size(args["size"], SIZES)
     size = SMOKE if smoke else TINY if small else SIZES[args["size"]]
     anchor = common.anchors(args["multiplier"])
 
-    config = ml_collections.ConfigDict()
     text = "enwik8_prefix4m" if small else "enwik8"
-    config.name = f"{text}-{'tiny' if small else args['size']}-{chosen.suffix}"
-    config.seed = 0
-    config.init_from = placeholder(str)  # see configs/quickstart.py
-    config.init_map = ()
-    config.steps = anchor(8 if smoke else 1000 if small else 400_000)
+    config = common.begin(
+        f"{text}-{'tiny' if small else args['size']}-{chosen.suffix}",
+        anchor(8 if smoke else 1000 if small else 400_000),
+    )
 
     config.task = "language_model"
     config.dataset = text
     config.data_dir = placeholder(str)  # of TFDS; None: its default
     config.batch_size = size["batch"]
-    config.accumulate = 1
-    config.ema = 0.0
     config.model = dict(
         **size["model"],
         norm="post",

@@ -47,19 +47,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         args["tiny"] or args["smoke"],
         sparse.choose(args),
     )
-    if args["size"] not in STAGES:
-        raise ValueError(
-            f"config argument size={args['size']} is none of {list(STAGES)}"
-        )
+    common.require_size(args["size"], STAGES)
     steps = 6 if smoke else 200 if small else 32_000
     anchor = common.anchors(args["multiplier"], steps, of=32_000)
 
-    config = ml_collections.ConfigDict()
-    config.name = f"resnet{args['size']}-{chosen.suffix}"
-    config.seed = 0
-    config.init_from = placeholder(str)  # see configs/quickstart.py
-    config.init_map = ()
-    config.steps = anchor(32_000)
+    config = common.begin(f"resnet{args['size']}-{chosen.suffix}", anchor(32_000))
 
     config.task = "classification"
     config.data = dict(
@@ -69,8 +61,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         side=32 if smoke else 64 if small else 224,  # pixels of an image
     )
     config.batch_size = 4 if smoke else 16 if small else 4096
-    config.accumulate = 1
-    config.ema = 0.0
     config.label_smoothing = 0.1
     config.model = dict(
         name="resnet",

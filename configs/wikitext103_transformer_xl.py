@@ -73,27 +73,20 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         args["tiny"] or args["smoke"],
         sparse.choose(args),
     )
-    if args["size"] not in SIZES:
-        raise ValueError(
-            f"config argument size={args['size']} is none of {list(SIZES)}"
-        )
+    common.require_size(args["size"], SIZES)
     size = SMOKE if smoke else TINY if small else SIZES[args["size"]]
     anchor = common.anchors(args["multiplier"])
 
-    config = ml_collections.ConfigDict()
     text = "wikitext103_heldout" if small else "wikitext103"
-    config.name = f"{text}-{'tiny' if small else args['size']}-{chosen.suffix}"
-    config.seed = 0
-    config.init_from = placeholder(str)  # see configs/quickstart.py
-    config.init_map = ()
-    config.steps = anchor(size["steps"])
+    config = common.begin(
+        f"{text}-{'tiny' if small else args['size']}-{chosen.suffix}",
+        anchor(size["steps"]),
+    )
 
     config.task = "language_model"
     config.dataset = f"{text}_vocabulary" if small else text
     config.data_dir = placeholder(str)  # of TFDS; None: its default
     config.batch_size = size["batch"]
-    config.accumulate = 1
-    config.ema = 0.0
     config.model = dict(
         **size["model"],
         norm="post",
