@@ -218,6 +218,19 @@ class Leaf(Draws, Protocol):
         ...
 
 
+class Following(NamedTuple):
+    """Sparsities of which one or both are schedules.
+
+    Attributes:
+      forward, backward: of A and B, numbers or schedules.
+      distribution: of each over parameters, as `tk.uniform`.
+    """
+
+    forward: float | Schedule
+    backward: float | Schedule
+    distribution: Callable[..., dict[str, int]]
+
+
 Score: TypeAlias = Callable[[View, Memory], Any]
 CountRule: TypeAlias = Callable[
     [Mapping[str, tuple[int, ...]], Mapping[str, int]], dict[str, Counts]
@@ -229,7 +242,8 @@ class Method(NamedTuple):
 
     Attributes:
       name: what messages call it.
-      counts: `({path: slice shape}, {path: slices}) -> {path: Counts}`, on the host.
+      counts: `({path: slice shape}, {path: slices}) -> {path: Counts}`, on the host; of
+        step 0, where they move.
       init: `(leaf) -> (masks, memory)`, valid for step 0.
       refresh: `(leaf, memory, step) -> (masks, memory)`, valid for `step`.
       due: at which steps a refresh takes effect; None for never.
@@ -257,6 +271,8 @@ class Method(NamedTuple):
         of every entry; packed arrays have no place for it.
       statistics: what `tx.update(..., stats=...)` must be given, see `tk.taps`: "norms",
         sums of magnitudes over the batch, or "sketches", sums with random signs.
+      follows: the sparsities that `Leaf.counts` follow after step 0, traced; None where
+        they stay as `counts` says.
     """
 
     name: str
@@ -281,6 +297,7 @@ class Method(NamedTuple):
     needs_gradient: bool = False
     entrywise: bool = False
     statistics: Literal["norms", "sketches"] | None = None
+    follows: Following | None = None
 
 
 class Mixture(NamedTuple):

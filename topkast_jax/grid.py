@@ -123,12 +123,13 @@ class Grid:
 
     def quantise(self, counts: Counts) -> Counts:
         """Units per selection, from entries of a slice: the nearest number, at least 1."""
+        return Counts(*self.nearest(counts))
 
-        def nearest(k: int) -> int:
-            selections = self.structure.parts * self.selections
-            return min(self.size, max(1, round(k / (selections * self.entries))))
-
-        return Counts(*map(nearest, counts))
+    def nearest(self, entries: Sequence[int]) -> list[int]:
+        """`quantise` of any number of counts."""
+        each = self.structure.parts * self.selections * self.entries
+        most = self.size
+        return [min(most, max(1, round(k / each))) for k in entries]
 
     @property
     def row_per_slice(self) -> bool:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from topkast_jax import _trees
+from topkast_jax import _trees, levels
 from topkast_jax import grid as grids
 from topkast_jax._trees import AxesRules, Parameter
 from topkast_jax._types import Axes, Counts, Method, Methods, PyTree
@@ -27,6 +27,8 @@ class Site:
       counts: units of A and B per selection.
       asked: entries of A and B per slice, before the structure rounded them.
       method: that chooses its sets.
+      levels: units per selection at sparsities of 0, .001, ..., where they follow a
+        schedule.
     """
 
     index: int
@@ -35,10 +37,20 @@ class Site:
     counts: Counts
     asked: Counts
     method: Method
+    levels: tuple[int, ...] = ()
 
     @property
     def axes(self) -> Axes:
         return self.grid.axes
+
+    def counts_at(self, step: Any) -> Counts:
+        """Units of A and B per selection at a step, traced where they move."""
+        follows = self.method.follows
+        if follows is None or (isinstance(step, int) and step == 0):
+            return self.counts
+        forward, backward = (levels.at(self.levels, s, step) for s in follows[:2])
+        traced: list[Any] = [forward, jnp.maximum(forward, backward)]
+        return Counts(*traced)
 
 
 class Group(NamedTuple):
@@ -72,17 +84,23 @@ def groups(
         }
         chosen = set(_trees.selected(method.where, unstacked))
         mine = [path for path in paths if path in chosen]
-        counts = method.counts(
+        asked = (
             {path: _trees.slice_shape(shapes[path], roles[path]) for path in mine},
             {path: _trees.slices(shapes[path], roles[path]) for path in mine},
         )
+        counts = method.counts(*asked)
+        moving: Mapping[str, tuple[int, ...]] = {}
+        if method.follows is not None:
+            moving = levels.table(method.follows.distribution, *asked)
         sites = []
         for path in mine:
             grid = grids.grid(method.structure, path, shapes[path], roles[path])
             whole = grid.structure.parts == grid.selections == grid.entries == 1
             units = counts[path] if whole else grid.quantise(counts[path])
-            site = Site(indices[path], path, grid, units, counts[path], method)
-            sites.append(site)
+            row = grid.nearest(moving.get(path, ()))
+            sites.append(
+                Site(indices[path], path, grid, units, counts[path], method, tuple(row))
+            )
         found.append(Group(method, sites))
     return found
 

@@ -10,6 +10,9 @@ import numpy as np
 
 from topkast_jax._types import Due, Schedule
 
+LOOKED_AT = (0, *(2**n for n in range(21)))
+"""Steps at which schedules are looked at before training."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Every:

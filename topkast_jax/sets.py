@@ -73,7 +73,7 @@ def view(
         grad=grad,
         path=site.path,
         grid=site.grid,
-        counts=site.counts,
+        counts=site.counts_at(step),
         key=_trees.leaf_key(seed, site.path, step),
         memory=memory,
         learning_rate=learning_rate,

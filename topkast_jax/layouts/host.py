@@ -192,9 +192,11 @@ class HostLeaf:
         self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
     ) -> Set:
         """What `n` draws of a row and a column hit in each selection."""
-        del most
-        draws = draw_pairs(self.key, n, self.grid, inputs, outputs)
-        slices, rows, columns = (np.asarray(x).astype(np.int64) for x in draws)
+        drawn = n if most is None else most
+        draws = draw_pairs(self.key, drawn, self.grid, inputs, outputs)
+        slices, rows, columns = (
+            np.asarray(x).astype(np.int64)[..., : int(n)] for x in draws
+        )
         units = self.grid.numbers(rows, columns)
         keys = np.unique(to_keys(self.grid, slices * self.grid.count + units))
         return keys[np.isin(keys // self.size, self.rows)]

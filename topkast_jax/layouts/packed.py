@@ -143,10 +143,14 @@ class PackedLeaf:
         self, n: Any, inputs: Any = None, outputs: Any = None, most: int | None = None
     ) -> Array:
         """Numbers of units that `n` draws hit in each selection, int32 [*stack, c]."""
-        del most
         grid = self.index.grid
-        _, rows, columns = draw_pairs(self.key, n, grid, inputs, outputs)
-        return grid.numbers(rows, columns).reshape(*grid.stack, -1)
+        drawn = n if most is None else most
+        _, rows, columns = draw_pairs(self.key, drawn, grid, inputs, outputs)
+        numbers = grid.numbers(rows, columns)
+        if most is not None:  # draws beyond n are none
+            late = jnp.broadcast_to(jnp.arange(most) >= n, rows.shape)
+            numbers = jnp.where(late.reshape(numbers.shape), -1, numbers)
+        return numbers.reshape(*grid.stack, -1)
 
     @property
     def forward(self) -> Bool[Array, "..."]:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule, View
 from topkast_jax.distribution import Distribution
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
+from topkast_jax.methods.static import beginning
 from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import magnitude
 from topkast_jax.select import top_k_tree
@@ -97,7 +98,8 @@ def deep_r(
             f"tk.deep_r: {structure.name} fixes how many weights each parameter keeps; "
             'use scope="leaf"'
         )
-    base = static(
+    levels.refuse("tk.deep_r", "it keeps the total constant", sparsity=sparsity)
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
 

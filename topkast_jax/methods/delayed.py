@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method
+from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.methods.initial import everything
 
 
@@ -90,6 +90,13 @@ def delayed(method: Method, start: int) -> Method:
         assert method.observe is not None
         return method.observe(grad, memory, jnp.maximum(step - start, 0))
 
+    follows = method.follows
+    if follows is not None:
+        follows = follows._replace(
+            forward=_later(follows.forward, start),
+            backward=_later(follows.backward, start),
+        )
+
     probe = method.probe
     if callable(probe):
         seen: Due = probe
@@ -106,7 +113,16 @@ def delayed(method: Method, start: int) -> Method:
         penalty=None if method.penalty is None else penalty,
         observe=None if method.observe is None else observe,
         probe=probe,
+        follows=follows,
         fixed=False,
         note=f"dense before step {start}"
         + (f"; then {method.note}" if method.note else ""),
     )
+
+
+def _later(sparsity: float | Schedule, start: int) -> float | Schedule:
+    """A schedule that counts from a step; a number stays."""
+    if not callable(sparsity):
+        return sparsity
+    schedule = sparsity
+    return lambda step: schedule(jnp.maximum(step - start, 0))

@@ -18,7 +18,7 @@ from topkast_jax._types import (
 )
 from topkast_jax.distribution import Distribution
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
+from topkast_jax.methods.static import beginning
 from topkast_jax.schedule import every
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.structure import Structure, unstructured
@@ -27,7 +27,7 @@ Grow = Callable[[Leaf, Any, Entries], Entries]
 
 
 def set_(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     drop_fraction: float | Schedule = 0.3,
     refresh: Due = every(100),
@@ -45,7 +45,8 @@ def set_(
     weights closest to zero in equal shares; magnitude is what later work compares.)
 
     Args:
-      sparsity: fraction of zeros, in [0, 1).
+      sparsity: fraction of zeros, in [0, 1), or a schedule of it by step, which refreshes
+        follow; then for layout="masked".
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters.
@@ -74,7 +75,7 @@ def set_(
     def grow(leaf: Leaf, n: Any, kept: Entries) -> Entries:
         return leaf.draw(n, outside=kept)
 
-    base = static(
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
     method = _drop_grow(base, drop_fraction, refresh, grow)
@@ -82,7 +83,7 @@ def set_(
 
 
 def rigl(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     drop_fraction: float | Schedule = 0.3,
     refresh: Due = every(100),
@@ -100,7 +101,8 @@ def rigl(
     up to three quarters of training.
 
     Args:
-      sparsity: fraction of zeros, in [0, 1).
+      sparsity: fraction of zeros, in [0, 1), or a schedule of it by step, which refreshes
+        follow; then for layout="masked".
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters.
@@ -124,7 +126,7 @@ def rigl(
       Evci et al., "Rigging the Lottery", 2020, arXiv 1911.11134.
     """
 
-    base = static(
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
     method = _drop_grow(base, drop_fraction, refresh, by_gradient)
@@ -132,7 +134,7 @@ def rigl(
 
 
 def rigl_itop(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     drop_fraction: float | Schedule = 0.5,
     refresh: Due = every(1000),
@@ -151,7 +153,8 @@ def rigl_itop(
     to the end. The memory is a bool array of the parameter's shape, in every layout.
 
     Args:
-      sparsity: fraction of zeros, in [0, 1).
+      sparsity: fraction of zeros, in [0, 1), or a schedule of it by step, which refreshes
+        follow; then for layout="masked".
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters; the paper's is `tk.erk`.
@@ -215,7 +218,7 @@ def share_of(fraction: float | Schedule, name: str = "drop_fraction") -> Schedul
 def _drop_grow(
     base: Method, drop_fraction: float | Schedule, refresh: Due, grow: Grow
 ) -> Method:
-    """A method with A = B of constant size that starts from the masks of `base`."""
+    """A method with A = B of the size asked for that starts from the masks of `base`."""
     share = share_of(drop_fraction)
 
     def refresh_masks(
@@ -236,12 +239,13 @@ def exchanged(
       leaf: the parameter.
       present: out of which units are kept.
       k: units of the new A.
-      share: of k that is grown.
+      share: of k that is grown, and what else is missing where k is traced.
       grow: `(leaf, n, kept) -> entries`, n units outside those kept.
     """
     n = leaf.portion(share, k)
     kept = leaf.top(magnitude(leaf), k - n, among=present)
-    chosen = leaf.union(kept, grow(leaf, n, kept))
+    missing = n if isinstance(k, int) else k - leaf.count(kept)
+    chosen = leaf.union(kept, grow(leaf, missing, kept))
     return leaf.masks(chosen, chosen)
 
 

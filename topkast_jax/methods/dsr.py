@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.apportion import flat
@@ -12,8 +13,8 @@ from topkast_jax.distribution import Distribution
 from topkast_jax.methods.between import counts_of, regrowth, require_movable
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
-from topkast_jax.schedule import every
+from topkast_jax.methods.static import beginning
+from topkast_jax.schedule import at_step, every
 from topkast_jax.score import magnitude
 from topkast_jax.structure import Structure, unstructured
 
@@ -23,7 +24,7 @@ def dsr(
     *,
     threshold: float = 1e-3,
     drop_fraction: float | Schedule = 0.1,
-    tolerance: float = 0.1,
+    tolerance: float | Schedule = 0.1,
     refresh: Due = every(100),
     distribution: Distribution = distribution_lib.uniform,
     structure: Structure = unstructured,
@@ -47,10 +48,10 @@ def dsr(
 
     Args:
       sparsity: fraction of zeros over all sparse parameters, in [0, 1).
-      threshold: H of the first refresh, above 0.
+      threshold: H of the first refresh, above 0; no schedule, as it adapts from there.
       drop_fraction: N_p / K, the share of A that each refresh should prune, in [0, 1],
         or a schedule of it by step. The paper gives N_p itself.
-      tolerance: delta, in [0, 1).
+      tolerance: delta, in [0, 1), or a schedule of it by step.
       refresh: steps at which masks change.
       distribution: how sparsity is spread over parameters at the start.
       structure: `tk.unstructured`; others are refused.
@@ -76,11 +77,12 @@ def dsr(
       Mostafa and Wang, "Parameter Efficient Training of Deep Convolutional Neural
       Networks by Dynamic Sparse Reparameterization", 2019, arXiv 1902.05967.
     """
+    levels.refuse("tk.dsr", "it is where H begins, and H adapts", threshold=threshold)
     if not threshold > 0:
         raise ValueError(
             f"threshold={threshold} must be above 0: it doubles and halves"
         )
-    if not 0 <= tolerance < 1:
+    if not callable(tolerance) and not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance} must lie in [0, 1)")
     require_movable(structure, "tk.dsr")
     if structure.block != (1, 1):
@@ -89,7 +91,8 @@ def dsr(
             "use tk.unstructured, or tk.snfs, which moves blocks too"
         )
     share = share_of(drop_fraction)
-    base = static(
+    levels.refuse("tk.dsr", "it keeps the total constant", sparsity=sparsity)
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
 
@@ -111,7 +114,8 @@ def dsr(
         target = share(step) * total
         wanted = round(target) if isinstance(target, float) else jnp.round(target)
         pruned = (total - jnp.sum(survivors)).astype(jnp.float32)
-        few, many = (1 - tolerance) * wanted, (1 + tolerance) * wanted
+        delta = at_step(tolerance, step)
+        few, many = (1 - delta) * wanted, (1 + delta) * wanted
         raised = jnp.where(pruned < few, 2 * h, h)
         coming = jnp.where(pruned > many, h / 2, raised)
         out: list[tuple[LeafMasks, Memory]] = []

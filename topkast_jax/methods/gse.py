@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import (
     Draws,
@@ -22,9 +23,9 @@ from topkast_jax._types import (
 from topkast_jax.distribution import Distribution
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
+from topkast_jax.methods.static import beginning
 from topkast_jax.portion import ceiling
-from topkast_jax.schedule import every
+from topkast_jax.schedule import LOOKED_AT, at_step, every
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.select import top_k_tree
 from topkast_jax.structure import Structure, unstructured
@@ -35,10 +36,10 @@ STATISTICS: dict[str, Any] = {"grabo": "norms", "graest": "sketches"}
 
 
 def gse(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     candidates: Candidates = "uniform",
-    subset: float = 1.0,
+    subset: float | Schedule = 1.0,
     drop_fraction: float | Schedule = 0.2,
     refresh: Due = every(1000),
     scope: Scope = "layer",
@@ -81,10 +82,12 @@ def gse(
     multiplies one row of delta by the signs in convolutions; the paper is taken.
 
     Args:
-      sparsity: fraction of zeros, in [0, 1).
+      sparsity: fraction of zeros, in [0, 1), or a schedule of it by step, which refreshes
+        follow; then for layout="masked".
       candidates: how they are drawn; "grabo" and "graest" need
         `tx.update(..., stats=...)`, see `tk.taps`.
-      subset: gamma, candidates drawn for each entry of A, above 0.
+      subset: gamma, candidates drawn for each entry of A, above 0, or a schedule of it by
+        step, which counts up to the largest of its values at steps 0, 1, 2, 4, ... 2^20.
       drop_fraction: alpha_t, share of A to replace, in [0, 1], or a schedule of it by
         step; the paper has `tk.cosine(0.2, T_end)`.
       refresh: steps at which masks change; the paper has `tk.every(1000, stop=T_end)`.
@@ -119,9 +122,10 @@ def gse(
     for name, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"{name}={value!r} is not one of {known}")
-    if not 0 < subset < math.inf:
-        raise ValueError(f"subset={subset} must be above 0: candidates for each of A")
+    largest = _largest(subset)
     share = share_of(drop_fraction)
+    if scope == "global":
+        levels.refuse("tk.gse", 'scope="global" keeps the total', sparsity=sparsity)
     if scope == "global" and (structure.scope != "slice" or structure.parts > 1):
         raise ValueError(
             f'scope="global" compares all units of all parameters, and {structure.name} '
@@ -133,30 +137,44 @@ def gse(
             return None, None
         return abs(leaf.stats.inputs), abs(leaf.stats.outputs)
 
+    def all_of(leaf: Leaf) -> Entries:
+        """A, in whole units."""
+        most = leaf.counts.forward if fixed else leaf.size
+        return leaf.top(magnitude(leaf), most, among=leaf.forward)
+
     def draw(leaf: Draws, memory: Memory, step: Any) -> Entries:
-        del memory, step
-        return leaf.pairs(ceiling(subset, leaf.counts.forward), *sides(leaf))
+        del memory
+        k, share = leaf.counts.forward, at_step(subset, step)
+        if isinstance(k, int) and not callable(subset):
+            return leaf.pairs(ceiling(share, k), *sides(leaf))
+        most = ceiling(largest, k if isinstance(k, int) else leaf.size)
+        n = jnp.minimum(ceiling(jnp.float32(share), k), most)
+        return leaf.pairs(n, *sides(leaf), most=most)
 
     def draw_for_any_size(leaf: Leaf, memory: Memory, step: Any) -> Entries:
-        del memory, step
-        now = leaf.count(leaf.top(magnitude(leaf), leaf.size, among=leaf.forward))
-        most = ceiling(subset, leaf.size)
-        return leaf.pairs(ceiling(jnp.float32(subset), now), *sides(leaf), most=most)
+        del memory
+        share = jnp.float32(at_step(subset, step))
+        most = ceiling(largest, leaf.size)
+        n = jnp.minimum(ceiling(share, leaf.count(all_of(leaf))), most)
+        return leaf.pairs(n, *sides(leaf), most=most)
 
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any
     ) -> tuple[LeafMasks, Memory]:
         k = leaf.counts.forward
-        before = leaf.top(magnitude(leaf), k, among=leaf.forward)
+        before = all_of(leaf)
         n = leaf.portion(share(step), k, up=True)
+        if not isinstance(k, int):  # more than is there is asked for
+            n = n + jnp.maximum(k - leaf.count(before), 0)
         grown = leaf.grow(gradient, n, outside=before, among=leaf.seen)
         kept = leaf.top(magnitude(leaf), k - leaf.count(grown), among=leaf.forward)
         chosen = leaf.union(kept, grown)
         return leaf.masks(chosen, chosen), memory
 
-    base = static(
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
+    fixed = base.fixed and scope == "layer"
     sampled = draw if scope == "layer" else draw_for_any_size
     return base._replace(
         name="gse",
@@ -166,8 +184,25 @@ def gse(
         candidates=None if candidates == "all" else sampled,
         statistics=STATISTICS.get(candidates),
         across=_over_all(share) if scope == "global" else None,
-        fixed=scope == "layer",
+        fixed=fixed,
     )
+
+
+def _largest(subset: float | Schedule) -> float:
+    """The largest share of candidates, at the steps that are looked at in advance.
+
+    Raises:
+      ValueError: a value that is not above 0.
+    """
+    values = {step: float(at_step(subset, step)) for step in LOOKED_AT}
+    for step, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(
+                f"subset={value} at step {step} must be above 0: candidates for each of A"
+                if callable(subset)
+                else f"subset={value} must be above 0: candidates for each of A"
+            )
+    return max(values.values())
 
 
 def _over_all(share: Callable[[Any], Any]) -> Callable[..., Any]:

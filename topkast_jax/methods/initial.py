@@ -13,7 +13,7 @@ Init: TypeAlias = Literal["random", "magnitude"] | PyTree
 """A word, or a tree of bool arrays like the parameters (None where there is no mask)."""
 
 
-def starting_set(init: Init) -> Callable[[Leaf, int], Entries]:
+def starting_set(init: Init) -> Callable[[Leaf, Any], Entries]:
     """`(leaf, k) -> entries`, the first A of a method.
 
     Args:
@@ -38,22 +38,23 @@ def starting_set(init: Init) -> Callable[[Leaf, int], Entries]:
                 "weights"
             )
 
-    def given(leaf: Leaf, k: int) -> Entries:
+    def given(leaf: Leaf, k: Any) -> Entries:
         if leaf.path not in masks:
             raise ValueError(
                 f"init: no mask for {leaf.path!r}; there are {', '.join(masks) or 'none'}"
             )
-        kept = leaf.given(masks[leaf.path], k)
+        # A k that is traced, of a delayed beginning, is held against nothing.
+        kept = leaf.given(masks[leaf.path], k if isinstance(k, int) else leaf.size)
         return leaf.union(kept, leaf.draw(k - leaf.count(kept), outside=kept))
 
     return given
 
 
-def _random(leaf: Leaf, k: int) -> Entries:
+def _random(leaf: Leaf, k: Any) -> Entries:
     return leaf.draw(k)
 
 
-def _largest(leaf: Leaf, k: int) -> Entries:
+def _largest(leaf: Leaf, k: Any) -> Entries:
     return leaf.top(magnitude(leaf), k)
 
 

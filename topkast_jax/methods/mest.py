@@ -9,14 +9,14 @@ from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.distribution import Copies, Distribution, Shapes
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
+from topkast_jax.methods.static import beginning
 from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.structure import Structure, unstructured
 
 
 def mest(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     drop_fraction: float | Schedule = 0.3,
     weight: float | Schedule = 0.01,
@@ -42,7 +42,8 @@ def mest(
     and then keeps its value. Gradients outside A are never seen.
 
     Args:
-      sparsity: fraction of zeros, in [0, 1); with the soft bound, of the target k.
+      sparsity: fraction of zeros, in [0, 1), or a schedule of it by step, which refreshes
+        follow, for layout="masked"; with the soft bound, of the target k.
       drop_fraction: share of k that mutates, in [0, 1], or a schedule of it by step.
       weight: lambda, at least 0, or a schedule of it.
       soft: whether the bound on |A| is soft.
@@ -71,7 +72,7 @@ def mest(
     """
     require_at_least(0, weight=weight)
     share = share_of(drop_fraction)
-    base = static(
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
 
@@ -93,7 +94,9 @@ def mest(
         n = leaf.portion(share(step), k)
         scores = magnitude(leaf) + at_step(weight, step) * gradient(leaf)
         kept = leaf.top(scores, k if soft else k - n, among=leaf.forward)
-        chosen = leaf.union(kept, leaf.draw(n, outside=kept))
+        target = k + n if soft else k
+        missing = n if isinstance(k, int) else target - leaf.count(kept)
+        chosen = leaf.union(kept, leaf.draw(missing, outside=kept))
         return leaf.masks(chosen, chosen), memory
 
     return base._replace(
@@ -101,6 +104,6 @@ def mest(
         counts=counts,
         refresh=refresh_masks,
         due=refresh,
-        fixed=not soft,
+        fixed=base.fixed and not soft,
         needs_gradient=True,
     )

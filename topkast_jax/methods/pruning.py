@@ -1,6 +1,7 @@
 """Gradual pruning: A = B shrinks from everything, or much, to k entries."""
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax import score as scores
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Score
@@ -235,6 +236,12 @@ def falling(
     Raises:
       ValueError: sparsities out of range or order, a structure that cannot compete.
     """
+    levels.refuse(
+        "pruning",
+        "it is reached at one step and kept; the way there, if any, is `ramp`",
+        sparsity=sparsity,
+        initial_sparsity=initial_sparsity,
+    )
     distribution_lib.require_sparsity(sparsity)
     distribution_lib.require_sparsity(initial_sparsity, "initial_sparsity")
     if initial_sparsity > sparsity:

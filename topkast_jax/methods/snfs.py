@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from topkast_jax import distribution as distribution_lib
-from topkast_jax import score
+from topkast_jax import levels, score
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.apportion import flat, whole_sum
@@ -14,13 +14,13 @@ from topkast_jax.distribution import Distribution
 from topkast_jax.methods.between import counts_of, regrowth, require_movable
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
+from topkast_jax.methods.static import beginning
 from topkast_jax.schedule import at_step, every
 from topkast_jax.structure import Structure, unstructured
 
 
 def snfs(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     drop_fraction: float | Schedule = 0.5,
     momentum: float | Schedule = 0.9,
@@ -46,7 +46,8 @@ def snfs(
     as the method needs: a dense weight gradient and one more array per parameter.
 
     Args:
-      sparsity: fraction of zeros, in [0, 1).
+      sparsity: fraction of zeros, in [0, 1); without `redistribute` it may be a schedule
+        by step, which refreshes follow.
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step. The
         paper anneals 0.5 with a cosine, once an epoch.
       momentum: beta, in [0, 1), or a schedule of it.
@@ -80,8 +81,11 @@ def snfs(
         raise ValueError(f"momentum={momentum} must lie in [0, 1)")
     if redistribute:
         require_movable(structure, "tk.snfs(redistribute=True)")
+        levels.refuse(
+            "tk.snfs", "redistribute=True keeps the total constant", sparsity=sparsity
+        )
     share = share_of(drop_fraction)
-    base = static(
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
 
@@ -100,7 +104,8 @@ def snfs(
         k = leaf.counts.forward
         n = leaf.portion(share(step), k)
         kept = leaf.top(score.magnitude(leaf), k - n, among=leaf.forward)
-        return replaced(leaf, kept, n), mean
+        missing = n if isinstance(k, int) else k - leaf.count(kept)
+        return replaced(leaf, kept, missing), mean
 
     def across(
         leaves: list[Leaf], means: list[Memory], step: Any
@@ -127,6 +132,6 @@ def snfs(
         probe="always",
         observe=observe,
         across=across if redistribute else None,
-        fixed=not redistribute,
+        fixed=base.fixed and not redistribute,
         entrywise=True,
     )

@@ -12,7 +12,7 @@ from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.distribution import Distribution
 from topkast_jax.methods.drop_grow import share_of
 from topkast_jax.methods.initial import Init
-from topkast_jax.methods.static import static
+from topkast_jax.methods.static import beginning
 from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import gradient, magnitude
 from topkast_jax.select import top_k
@@ -20,7 +20,7 @@ from topkast_jax.structure import Structure, fan_in
 
 
 def srigl(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     gamma_sal: float | Schedule = 0.3,
     drop_fraction: float | Schedule = 0.3,
@@ -50,7 +50,8 @@ def srigl(
     each neuron.
 
     Args:
-      sparsity: fraction of zeros, in [0, 1).
+      sparsity: fraction of zeros, in [0, 1), or a schedule of it by step, which refreshes
+        follow; then for layout="masked".
       gamma_sal: share of the fan-in that must be salient, at least 0, or a schedule of
         it. The paper uses 0.3 for convolutional networks and 0.95 for transformers.
       drop_fraction: share of A to replace, in [0, 1], or a schedule of it by step.
@@ -91,7 +92,7 @@ def srigl(
             "tk.fan_in(), or gamma_sal=0"
         )
     share = share_of(drop_fraction)
-    base = static(
+    base = beginning(
         sparsity, distribution=distribution, structure=structure, where=where, init=init
     )
 
@@ -101,6 +102,8 @@ def srigl(
         k, columns = leaf.counts.forward, leaf.selections
         left = k * columns - _rounded(share(step), k * columns)
         kept = leaf.quota(magnitude(leaf), left, among=leaf.forward)
+        if not isinstance(k, int):  # it may have become less than is there
+            kept = jnp.minimum(kept, k)
         return _regrown(leaf, kept, k), memory
 
     def ablate(leaf: Leaf, memory: Memory, step: Any) -> tuple[LeafMasks, Memory]:
@@ -131,7 +134,7 @@ def srigl(
         refresh=ablate if gamma_sal else refresh_masks,
         due=refresh,
         probe=True,
-        fixed=not gamma_sal,
+        fixed=base.fixed and not gamma_sal,
     )
 
 
@@ -142,9 +145,9 @@ def _regrown(leaf: Leaf, kept: Any, fan_in: Any) -> LeafMasks:
     return leaf.masks(chosen, chosen)
 
 
-def _threshold(share: Any, k: int) -> Any:
+def _threshold(share: Any, k: Any) -> Any:
     """`share * k` salient weights, rounded up."""
-    if isinstance(share, Array):
+    if isinstance(share, Array) or isinstance(k, Array):
         return jnp.ceil(share * k).astype(jnp.int32)
     return math.ceil(share * k)
 

@@ -3,8 +3,16 @@
 from typing import Any
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
-from topkast_jax._types import Leaf, LeafMasks, Memory, Method
+from topkast_jax._types import (
+    Following,
+    Leaf,
+    LeafMasks,
+    Memory,
+    Method,
+    Schedule,
+)
 from topkast_jax.distribution import Copies, Distribution, Shapes
 from topkast_jax.methods.initial import Init, starting_set
 from topkast_jax.structure import Structure, unstructured
@@ -38,11 +46,30 @@ def static(
       >>> int(masks.forward["kernel"].sum())
       4
     """
-    distribution_lib.require_sparsity(sparsity)
+    levels.refuse(
+        "tk.static",
+        "masks never change; tk.set_ and others follow it",
+        sparsity=sparsity,
+    )
+    return beginning(
+        sparsity, distribution=distribution, structure=structure, where=where, init=init
+    )
+
+
+def beginning(
+    sparsity: float | Schedule,
+    *,
+    distribution: Distribution,
+    structure: Structure,
+    where: Where,
+    init: Init,
+) -> Method:
+    """What methods with A = B begin from: `static`, whose counts may follow a schedule."""
+    at_first = levels.first_value(sparsity)
     first = starting_set(init)
 
     def counts(shapes: Shapes, copies: Copies) -> Any:
-        k = distribution(shapes, sparsity, copies)
+        k = distribution(shapes, at_first, copies)
         return distribution_lib.forward_and_backward(k, k, shapes)
 
     def init_masks(leaf: Leaf) -> tuple[LeafMasks, Memory]:
@@ -62,4 +89,18 @@ def static(
         where=where,
         structure=structure,
         reservoir=False,
+        **following(sparsity, sparsity, distribution),
+    )
+
+
+def following(
+    forward: float | Schedule, backward: float | Schedule, distribution: Distribution
+) -> dict[str, Any]:
+    """Fields of a `Method` whose sparsities may be schedules."""
+    if not callable(forward) and not callable(backward):
+        return {}
+    return dict(
+        fixed=False,
+        follows=Following(forward, backward, distribution),
+        note="k_A and k_B are those of step 0, and follow a schedule",
     )

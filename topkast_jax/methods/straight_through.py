@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
-from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method
+from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.distribution import Distribution
 from topkast_jax.methods.top_kast import top_kast
 from topkast_jax.schedule import every
@@ -12,7 +13,7 @@ from topkast_jax.structure import Structure, unstructured
 
 
 def straight_through(
-    sparsity: float,
+    sparsity: float | Schedule,
     *,
     soft: bool = False,
     refresh: Due = every(1),
@@ -40,7 +41,8 @@ def straight_through(
     gaining from it; the soft one needs layout="masked".
 
     Args:
-      sparsity: fraction of zeros in the forward pass, in [0, 1).
+      sparsity: fraction of zeros in the forward pass, in [0, 1), or a schedule of it by
+        step, which refreshes follow; then for layout="masked".
       soft: whether alpha is the soft threshold of theta.
       refresh: steps at which A (and tau) are chosen anew; the paper's every step.
       distribution: how sparsity is spread over parameters.
@@ -64,7 +66,7 @@ def straight_through(
       stochastic neurons", 2013, arXiv 1308.3432. Soft thresholds as in Kusupati et al.,
       2020, arXiv 2002.03231, with tau from k in place of a learned one.
     """
-    distribution_lib.require_sparsity(sparsity)
+    levels.first_value(sparsity)
     hard = top_kast(
         sparsity,
         0.0,

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from topkast_jax import distribution as distribution_lib
+from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule, View
 from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.methods.static import following
 from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import magnitude
 from topkast_jax.structure import Structure, unstructured
@@ -19,8 +21,8 @@ Explore = Literal["top", "random"]
 
 
 def top_kast(
-    forward_sparsity: float,
-    backward_sparsity: float,
+    forward_sparsity: float | Schedule,
+    backward_sparsity: float | Schedule,
     *,
     refresh: Due = every(100),
     penalty: float | Schedule = 1e-4,
@@ -53,7 +55,8 @@ def top_kast(
 
     Args:
       forward_sparsity: fraction of zeros in the forward pass, in [0, 1).
-      backward_sparsity: fraction of weights not updated, in [0, forward_sparsity].
+      backward_sparsity: fraction of weights not updated, in [0, forward_sparsity]. Either
+        may be a schedule by step, which refreshes follow; then for layout="masked".
       refresh: steps at which A and B are chosen anew.
       penalty: lambda, at least 0, or a schedule of it.
       penalty_norm: "l2" or "l1".
@@ -82,12 +85,12 @@ def top_kast(
       >>> masks.backward["kernel"].astype(int).tolist()
       [[0, 1], [1, 1]]
     """
-    distribution_lib.require_sparsity(forward_sparsity, "forward_sparsity")
-    distribution_lib.require_sparsity(backward_sparsity, "backward_sparsity")
-    if backward_sparsity > forward_sparsity:
+    forward_first = levels.first_value(forward_sparsity, "forward_sparsity")
+    backward_first = levels.first_value(backward_sparsity, "backward_sparsity")
+    if backward_first > forward_first:
         raise ValueError(
-            f"backward_sparsity={backward_sparsity} is above forward_sparsity="
-            f"{forward_sparsity}: B must contain A; lower the backward sparsity"
+            f"backward_sparsity={backward_first} is above forward_sparsity="
+            f"{forward_first}: B must contain A; lower the backward sparsity"
         )
     for name, value, options in (
         ("penalty_norm", penalty_norm, ("l2", "l1")),
@@ -101,8 +104,8 @@ def top_kast(
         raise ValueError(f"stop={stop} must not be negative")
 
     def counts(shapes: Shapes, copies: Copies) -> Any:
-        first = distribution(shapes, forward_sparsity, copies)
-        second = distribution(shapes, backward_sparsity, copies)
+        first = distribution(shapes, forward_first, copies)
+        second = distribution(shapes, backward_first, copies)
         return distribution_lib.forward_and_backward(
             first, first if stop == 0 else second, shapes
         )
@@ -154,4 +157,5 @@ def top_kast(
         penalty=penalty_gradient if penalty and not decoupled else None,
         adjust=decay if penalty and decoupled else None,
         needs_learning_rate=bool(penalty and decoupled),
+        **following(forward_sparsity, backward_sparsity, distribution),
     )
