@@ -28,13 +28,15 @@ SIZES = {
     "12": dict(
         model=dict(layers=12, d_model=512, heads=8, d_head=64, d_inner=2048,
                    segment=512, memory=512, dropout=0.1, attention_dropout=0.0),
-        evaluation=dict(rows=10, segment=80, memory=2100, clamp=820),
+        evaluation=dict(rows=10, segment=80, memory=2100, clamp=820,
+                        same_length=True),
         batch=22, warmup=0,
     ),
     "24": dict(
         model=dict(layers=24, d_model=1024, heads=8, d_head=128, d_inner=3072,
                    segment=768, memory=768, dropout=0.15, attention_dropout=0.15),
-        evaluation=dict(rows=16, segment=128, memory=3800, clamp=1000),
+        evaluation=dict(rows=16, segment=128, memory=3800, clamp=1000,
+                        same_length=True),
         batch=64, warmup=4000,
     ),
 }  # fmt: skip

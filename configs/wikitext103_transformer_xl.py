@@ -30,7 +30,8 @@ SIZES = {
                    segment=150, memory=150, dropout=0.1, attention_dropout=0.0,
                    cutoffs=(20_000, 40_000, 200_000), div_val=1, tied_biases=True,
                    init_std=0.02),
-        evaluation=dict(rows=10, segment=64, memory=640, clamp=400),
+        evaluation=dict(rows=10, segment=64, memory=640, clamp=400,
+                        same_length=True),
         batch=60, warmup=0, steps=200_000,
     ),
     "large": dict(
@@ -38,7 +39,8 @@ SIZES = {
                    segment=384, memory=384, dropout=0.2, attention_dropout=0.2,
                    cutoffs=(20_000, 40_000, 200_000), div_val=4, tied_biases=False,
                    init_std=0.005),
-        evaluation=dict(rows=8, segment=128, memory=1600, clamp=1000),
+        evaluation=dict(rows=8, segment=128, memory=1600, clamp=1000,
+                        same_length=True),
         batch=128, warmup=16_000, steps=4_000_000,
     ),
 }  # fmt: skip

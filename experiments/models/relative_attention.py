@@ -17,11 +17,22 @@ _MASKED = -1e30
 
 
 def attention_mask(
-    length: Int[Array, " B"], tokens: int, slots: int
+    length: Int[Array, " B"], tokens: int, slots: int, same_length: bool = False
 ) -> Bool[Array, "B 1 T K"]:
-    """Which keys a query sees: all real memory, and the segment up to itself."""
+    """Which keys a query sees: all real memory, and the segment up to itself.
+
+    Args:
+      length: slots of memory that are real, by row.
+      tokens: T.
+      slots: M, at least 1 with `same_length`.
+      same_length: whether every query sees M keys at most, itself included, and not the
+        first of a segment M + 1, the last M + T.
+    """
     key = jnp.arange(slots + tokens)[None, :]  # [1, K]
-    causal = key <= slots + jnp.arange(tokens)[:, None]  # [T, K]
+    query = jnp.arange(tokens)[:, None]  # [T, 1]
+    causal = key <= slots + query  # [T, K]
+    if same_length:
+        causal &= key > query
     real = key >= slots - length[:, None]  # [B, K]
     return causal[None, None] & real[:, None, None, :]
 

@@ -112,6 +112,8 @@ class TransformerXL(nn.Module):
       dropout: on embeddings, distances, and what every sublayer returns.
       attention_dropout: on attention weights.
       clamp: distances beyond it read as `clamp`; None never clamps.
+      same_length: whether every position sees M positions, itself included, wherever it
+        stands in its segment, as in the authors' evaluation.
       tied_biases: one u and one v for all layers, as in the paper, or a pair per layer.
       tied_softmax: the output layer is the embedding, transposed, or one of its own.
       norm: "post", as in the paper, or "pre", which trains with less warm-up.
@@ -137,6 +139,7 @@ class TransformerXL(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     clamp: int | None = None
+    same_length: bool = False
     tied_biases: bool = True
     tied_softmax: bool = True
     norm: Literal["pre", "post"] = "post"
@@ -240,7 +243,9 @@ class TransformerXL(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         width = self.d_model
         embed = self._embedding()
-        mask = attention_mask(memory.length, tokens.shape[1], self.memory)
+        mask = attention_mask(
+            memory.length, tokens.shape[1], self.memory, self.same_length
+        )
         distances = distance_embedding(mask.shape[-1], width, self.clamp)  # [K, D]
         distances = drop(distances)
         shared = self._biases() if self.tied_biases else None

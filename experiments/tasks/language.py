@@ -109,12 +109,17 @@ def reading(config: Config, model: TransformerXL) -> Reading:
     """
     given = dict(config.get("evaluation", {}))
     least = {"rows": 1, "segment": 1, "memory": 0, "clamp": 1}
-    if unknown := sorted(given.keys() - least.keys()):
+    if unknown := sorted(given.keys() - least.keys() - {"same_length"}):
         raise ValueError(
             f"config.evaluation has unknown keys {', '.join(unknown)}; possible are "
-            f"{', '.join(least)}"
+            f"{', '.join(least)}, same_length"
         )
     given = {key: value for key, value in given.items() if value is not None}
+    same_length = given.pop("same_length", False)
+    if not isinstance(same_length, bool):
+        raise ValueError(
+            f"config.evaluation.same_length is {same_length!r}; it must be True or False"
+        )
     for key, value in given.items():
         if not isinstance(value, int) or value < least[key]:
             raise ValueError(
@@ -122,6 +127,11 @@ def reading(config: Config, model: TransformerXL) -> Reading:
                 f"least {least[key]}"
             )
     changed = {key: given[key] for key in ("memory", "clamp") if key in given}
+    if same_length and changed.get("memory", model.memory) == 0:
+        raise ValueError(
+            "config.evaluation.same_length needs a memory: it is as far as one can see"
+        )
+    changed["same_length"] = same_length
     return Reading(
         model.clone(parent=None, **changed),
         given.get("rows", config.batch_size),
@@ -139,8 +149,8 @@ def language_model(config: Config) -> Task:
     Args:
       config: `batch_size` (rows), `dataset` (Tiny Shakespeare where it says nothing),
         `data_dir` (None: the default of TFDS), `model`, see `build_model`, and where an
-        evaluation is to see more, `evaluation` with `rows`, `segment`, `memory` and
-        `clamp`.
+        evaluation is to see more, `evaluation` with `rows`, `segment`, `memory`,
+        `clamp` and `same_length`.
     Raises:
       ValueError: a setting that makes no sense; it is named.
     """

@@ -231,11 +231,26 @@ def test_evaluation_by_short_segments_with_a_long_memory_is_by_one_long_segment(
     assert clamped["loss"] != pytest.approx(whole["loss"], rel=1e-5)
 
 
+def test_evaluation_at_the_same_length_does_not_depend_on_segments(monkeypatch):
+    """Every position sees the same four, so segments of any length read alike."""
+    config = make_config(layers=1)
+    found = [
+        reading(
+            monkeypatch, config, rows=1, segment=segment, memory=4, same_length=same
+        )["loss"]
+        for segment, same in [(2, True), (4, True), (8, True), (8, False)]
+    ]
+    assert found[1:3] == pytest.approx([found[0]] * 2, rel=1e-5)
+    assert found[3] != pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
         ({"memory": -1}, "config.evaluation.memory is -1; it must be an integer of"),
         ({"rows": 0}, "config.evaluation.rows is 0"),
+        ({"same_length": 1}, "config.evaluation.same_length is 1; it must be True"),
+        ({"same_length": True, "memory": 0}, "same_length needs a memory"),
         ({"length": 3}, "config.evaluation has unknown keys length; possible are rows"),
     ],
 )

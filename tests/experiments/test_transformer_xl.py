@@ -45,7 +45,7 @@ def run(model, params, ids, memory):
     return model.apply({"params": params}, ids, memory)
 
 
-def attention_by_loops(params, segment, memory, length, clamp, u, v):
+def attention_by_loops(params, segment, memory, length, clamp, u, v, same=False):
     """Section 3.3 of the paper, one query, key and head at a time.
 
     Shapes: segment [B, T, D], memory [B, M, D], length [B]; returns [B, T, D].
@@ -63,6 +63,8 @@ def attention_by_loops(params, segment, memory, length, clamp, u, v):
                 seen, scores = [], []
                 for j in range(slots - length[b], slots + i + 1):
                     distance = slots + i - j
+                    if same and distance >= slots:
+                        continue
                     if clamp is not None:
                         distance = min(distance, clamp)
                     angles = [
@@ -80,10 +82,17 @@ def attention_by_loops(params, segment, memory, length, clamp, u, v):
 
 
 @pytest.mark.parametrize(
-    ("slots", "length", "clamp"),
-    [(6, [0, 4], None), (6, [0, 4], 3), (3, [3, 1], None), (0, [0, 0], 3)],
+    ("slots", "length", "clamp", "same"),
+    [
+        (6, [0, 4], None, False),
+        (6, [0, 4], 3, False),
+        (3, [3, 1], None, False),
+        (0, [0, 0], 3, False),
+        (6, [6, 4], 3, True),
+        (3, [3, 1], None, True),
+    ],
 )
-def test_attention_is_the_papers(slots, length, clamp):
+def test_attention_is_the_papers(slots, length, clamp, same):
     rng = np.random.default_rng(0)
     segment = rng.normal(size=(2, 5, 12)).astype(np.float32)
     memory = rng.normal(size=(2, slots, 12)).astype(np.float32)
@@ -93,14 +102,14 @@ def test_attention_is_the_papers(slots, length, clamp):
         segment,
         np.concatenate([memory, segment], axis=1),
         xl.distance_embedding(slots + 5, 12, clamp),
-        xl.attention_mask(jnp.array(length), 5, slots),
+        xl.attention_mask(jnp.array(length), 5, slots, same),
         u,
         v,
     )
     params = draw(layer, *inputs, train=False)
     apply = jax.jit(functools.partial(layer.apply, train=False))
     found = apply({"params": params}, *inputs)
-    expected = attention_by_loops(params, segment, memory, length, clamp, u, v)
+    expected = attention_by_loops(params, segment, memory, length, clamp, u, v, same)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
