@@ -1,12 +1,16 @@
 """The papers' configs: arguments, anchors, and that their smallest forms train."""
 
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import stored
-from runs import assert_same_run, hook_training_data, rows
+from runs import ROOT, assert_same_run, rows
 
 from configs import cifar as cifar_config
 from configs import common, enwik8_transformer_xl, imagenet_resnet50
@@ -14,7 +18,6 @@ from configs import wikitext103_transformer_xl as wikitext_config
 from experiments import evaluate, jobs, tasks
 from experiments.assembly import assemble
 from experiments.config import Watched, require_all_read
-from experiments.data import enwik8, wikitext103
 from experiments.train import train
 
 CONFIGS = {
@@ -56,19 +59,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
     return data_dir
 
 
-@pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts in place of the prepared ones, whose builders have tests of their own."""
-
-    def load(split: str, data_dir: Any, dataset: str) -> np.ndarray:
-        draw = np.random.default_rng(len(split))
-        ids = 256 if dataset.startswith("enwik8") else wikitext103.HELD_OUT_WORDS
-        return draw.integers(ids, size=2000).astype(np.int32)
-
-    monkeypatch.setattr(enwik8, "load", load)
-    monkeypatch.setattr(wikitext103, "load", load)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -81,13 +71,14 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
     name: str,
     pictures: str,
-    texts: None,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    stored.in_place_of_texts(monkeypatch)
     config = CONFIGS[name].get_config("smoke")
     if config.task == "classification":
         config.data.data_dir = pictures
+    cache = config.compilation_cache = str(tmp_path / "compiled")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     outcome = train(config, whole)
     assert outcome.step == config.steps
@@ -97,18 +88,16 @@ def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
         k: (x.shape, x.dtype) for k, x in (task.batch or {}).items()
     }
 
-    class Gone(BaseException):
-        pass
-
-    def hook(number: int, batch: Any) -> Any:
-        if number == config.steps:
-            raise Gone
-        return batch
-
-    with monkeypatch.context() as patched:
-        hook_training_data(patched, hook)
-        with pytest.raises(Gone):
-            train(config, parts)
+    program = pathlib.Path(__file__).with_name("killed_worker.py")
+    module = CONFIGS[name].__name__.removeprefix("configs.")
+    killed = subprocess.run(
+        [sys.executable, str(program), module, pictures, cache, str(parts)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     train(config, parts)
     assert_same_run(whole, parts)
     step, found = evaluate.from_workdir(str(parts), "test")
