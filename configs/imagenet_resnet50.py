@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         sparse.choose(args),
     )
     common.require_size(args["size"], STAGES)
-    steps = 6 if smoke else 200 if small else 32_000
+    steps = 6 if smoke else 600 if small else 32_000
     anchor = common.anchors(args["multiplier"], steps, of=32_000)
 
     config = common.begin(f"resnet{args['size']}-{chosen.suffix}", anchor(32_000))
