@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ["_types", "_trees", "draw"],
-    ["distribution", "schedule", "score", "select", "apportion", "structure", "halving", "grid",
+    ["distribution", "schedule", "score", "select", "apportion", "structure", "halving", "grid", "levels",
      "portion", "pairs"],
     ["layouts", "forward", "ops", "activations"],
     ["methods"],
