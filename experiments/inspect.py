@@ -1,7 +1,7 @@
 """Looks into a run: its plan, its masks, the degrees of its neurons.
 
-    python -m experiments.inspect --workdir=runs/quickstart
-    python -m experiments.inspect --workdir=runs/quickstart --layer=block_0/feed_forward/in
+    python -m experiments.inspect runs/quickstart
+    python -m experiments.inspect runs/quickstart --layer=block_0/feed_forward/in
     ... --picture=mask.png       draws the mask of the layer, inputs down, outputs across
     ... --masks=masks.npz        writes all masks, for `tk.load_masks` and `sparse.init=`
 
@@ -157,18 +157,18 @@ def look(
 
 def main(argv: list[str]) -> int:
     """Looks, and prints."""
-    del argv
     chosen = flags.FLAGS
-    if chosen.workdir is None:
-        raise command.BadInput("--workdir is missing: the folder of a run")
+    folders = [*argv[1:], *([] if chosen.workdir is None else [chosen.workdir])]
+    if len(folders) != 1:
+        raise command.BadInput("name one folder of a run, as in runs/quickstart")
     with command.checking():
-        print(look(chosen.workdir, chosen.layer, chosen.picture, chosen.masks))
+        print(look(folders[0], chosen.layer, chosen.picture, chosen.masks))
     return 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of a run.")
+    flags.DEFINE_string("workdir", None, "Folder of a run, which may also stand alone.")
     flags.DEFINE_string("layer", None, "Path of a sparse parameter.")
     flags.DEFINE_string("picture", None, "PNG to write, of the layer's mask.")
     flags.DEFINE_string("masks", None, "npz to write, of all masks.")
-    command.run(main)
+    command.run(main, positional=True)

@@ -1,6 +1,8 @@
 """Looking into a run: degrees, pictures, masks."""
 
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -57,3 +59,22 @@ def test_flags_that_make_no_sense(tiny: Any, tmp_path: pathlib.Path) -> None:
         inspect.look(str(tmp_path), "tail", None, None)
     with pytest.raises(ValueError, match="--picture is of one layer"):
         inspect.look(str(tmp_path), None, "mask.png", None)
+
+
+@pytest.mark.parametrize("arguments", [[], ["one", "two"], ["one", "--workdir=two"]])
+def test_one_folder_is_named(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.inspect", *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: name one folder of a run, as in runs/quickstart\n"
+
+
+def test_the_folder_stands_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.inspect", str(tmp_path / "absent")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "absent" in done.stderr and "unexpected" not in done.stderr
