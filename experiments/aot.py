@@ -6,12 +6,14 @@
 Needs `pip install libtpu`; runs on any CPU. Prints, for one device, the bytes of
 arguments (parameters, masks or positions, optimizer state, batch), of temporaries, and
 of both together, and the collectives of the program. The mesh takes the first devices
-of the topology.
+of the topology. A program that does not fit ends in one line that says how much it needs.
 """
 
 import collections
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,6 +55,24 @@ def devices(topology: str) -> list[Any]:
             f"--topology={topology}: {line} (is libtpu installed? pip install libtpu)"
         ) from error
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def fitting(topology: str) -> Iterator[None]:
+    """Within it, the compiler's refusal of a program that is too large is bad input.
+
+    Raises:
+      BadInput: the program does not fit a device; with the compiler's own words.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in first:
+            raise
+        raise command.BadInput(
+            f"does not fit a device of {topology}: {first}"
+        ) from error
 
 
 def compiled(cfg: Watched, topology: str) -> jax.stages.Compiled:
@@ -98,7 +118,7 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.config is None:
         raise command.BadInput("--config is missing, as in configs/quickstart.py")
     cfg, topology = Watched(flags.FLAGS.config), flags.FLAGS.topology
-    with command.checking():
+    with command.checking(), fitting(topology):
         program = compiled(cfg, topology)
     print(f"{cfg.name} on {topology}, mesh {cfg.mesh}, per device:")
     print(report(program))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import aot, assembly
+from experiments import aot, assembly, command
 from experiments.config import Watched
 
 
@@ -21,6 +21,20 @@ def test_the_report_tells_bytes_and_collectives() -> None:
     lines = aot.report(program).splitlines()
     assert lines[0].split() == ["arguments", "0.2", "MiB"]
     assert lines[-1].split() == ["collectives", "none"]
+
+
+def test_a_program_that_does_not_fit_is_one_line() -> None:
+    refusal = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the total memory required for HLO"
+        " temporaries (102.91G) exceeds available HBM (15.75G).\n\nLargest buffers:\n..."
+    )
+    with (
+        pytest.raises(command.BadInput, match=r"v5e:2x2: .*102.91G.*15.75G\)\.$"),
+        aot.fitting("v5e:2x2"),
+    ):
+        raise jax.errors.JaxRuntimeError(refusal)
+    with pytest.raises(jax.errors.JaxRuntimeError), aot.fitting("v5e:2x2"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: not a matter of room")
 
 
 @pytest.mark.parametrize(
