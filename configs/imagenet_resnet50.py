@@ -75,7 +75,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         nesterov=True,
         weight_decay=1e-4,
         decay_where="*/kernel",
-        decay_penalized=False,  # Top-KAST's penalty takes its place
+        decay_penalized=False,  # Top-KAST's penalty, be it 0, takes its place
     )
     config.learning_rate = dict(
         schedule="steps",

@@ -158,7 +158,7 @@ def settings(
         sparse.update(
             sparsity=forward,
             drop_fraction=0.3,  # share of A replaced at a refresh
-            drop_decay="cosine",  # to 0 at the last step, or "constant"
+            drop_decay="cosine",  # to 0 at refresh_stop or the last step, or "constant"
             **refreshes,
             **DROP_GROW[method],
         )

@@ -233,8 +233,8 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
 
 
 def _penalized(cfg: Watched, task: tasks.Task, rate: Any) -> list[str]:
-    """Paths of the parameters that the method of a config penalizes."""
-    if not cfg.sparse.get("penalty", 0):
+    """Paths of the parameters that the method of a config penalizes, if only by 0."""
+    if "penalty" not in cfg.sparse:
         return []
     tx, _ = optimizer.sparse(
         cfg.sparse, optax.identity(), rate, steps=cfg.steps, seed=cfg.seed

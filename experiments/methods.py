@@ -72,11 +72,12 @@ def build(config: Mapping[str, Any], steps: int) -> tk.Method | tk.Mixture:
         along if isinstance(along, str) else dict(along),
     )
     arguments["where"] = where.split(",") if where else tk.kernels
+    last = arguments.get("refresh_stop") or steps
     if "refresh" in arguments:
         arguments["refresh"] = _due(arguments, steps)
     if "drop_fraction" in arguments:
         decay = arguments.pop("drop_decay", "constant")
-        arguments["drop_fraction"] = _drop(arguments["drop_fraction"], decay, steps)
+        arguments["drop_fraction"] = _drop(arguments["drop_fraction"], decay, last)
     for key, share in ANCHORS.get(name, {}).items():
         if arguments.get(key) is None:
             arguments[key] = max(1, round(share * steps))
@@ -124,12 +125,13 @@ def _due(arguments: dict[str, Any], steps: int) -> Any:
     return tk.every(every, start, steps if stop is None else min(stop, steps))
 
 
-def _drop(fraction: float, decay: str, steps: int) -> float | Schedule:
+def _drop(fraction: float, decay: str, last: int) -> float | Schedule:
+    """RigL's schedule (arXiv 1911.11134, section 3): 0 at `last`, its T_end."""
     if decay not in ("constant", "cosine"):
         raise ValueError(f"sparse.drop_decay={decay!r} must be constant or cosine")
     if decay == "constant":
         return fraction
-    return optax.cosine_decay_schedule(fraction, steps)
+    return optax.cosine_decay_schedule(fraction, last)
 
 
 def _distribution(config: Any, masks: Any = None) -> Any:

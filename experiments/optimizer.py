@@ -79,8 +79,8 @@ def inner(
       config: `name`, of optax or optax.contrib; `clip`, 0 or left out for none;
         `weight_decay`, with `decay_where`, globs of the parameters that decay, comma
         separated ("": all), and `decay_penalized`, whether it also is for parameters
-        that the sparse method penalizes already (true where it says nothing); the
-        rest are arguments of that optimizer.
+        for which the sparse method has a penalty, be it 0 (true where it says nothing);
+        the rest are arguments of that optimizer.
       rate: schedule of the learning rate.
       penalized: paths of those parameters.
     Raises:

@@ -17,7 +17,11 @@ SEEDS = (0, 1, 2)
 
 
 def evidence(
-    file: str, length: int, small: Mapping[str, Any], **every_job: Any
+    file: str,
+    length: int,
+    small: Mapping[str, Any],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+    **every_job: Any,
 ) -> list[dict[str, Any]]:
     """The jobs: one seed of everything before the next.
 
@@ -25,6 +29,7 @@ def evidence(
       file: config and arguments, as in "configs/cifar.py:tiny".
       length: steps of a run.
       small: overrides that make the narrow dense network.
+      more: further changes to Top-KAST 90/80, overrides by name.
       **every_job: overrides of all, `__` for dots.
     """
     every_step = {"sparse.refresh": 1}
@@ -42,6 +47,7 @@ def evidence(
         "stop at a quarter": every_step | {"sparse.stop": length // 4},
         "refresh 100": {"sparse.refresh": 100},
     }
+    changes |= {name: every_step | change for name, change in (more or {}).items()}
     for method in ("set", "rigl", "gse"):
         often = {"sparse.refresh": 20}
         runs[f"{method}, refresh 20"] = (f"method={method},forward=0.9", often)

@@ -2,8 +2,8 @@
 
 Jayakumar et al., 2020, arXiv:2106.03517, section 4.1: refreshes at every step against
 every 100 (here also 1000), and the step at which exploration stops, with backward
-sparsities of 80 % and 0. What the paper does not show: no penalty, and the penalty
-decoupled from the gradient.
+sparsities of 80 % and 0. What the paper does not show: no penalty, weight decay of all
+weights in its place, and the penalty decoupled from the gradient.
 
     python -m experiments.sweep --sweep=configs/sweeps/imagenet_ablations.py --print_commands
     python -m experiments.sweep --sweep=configs/sweeps/imagenet_ablations.py --table \
@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "stop 5000": {"sparse__stop": 5000},
     "stop 16000": {"sparse__stop": 16_000},
     "no penalty": {"sparse__penalty": 0.0},
+    "weight decay": {"sparse__penalty": 0.0, "optimizer__decay_penalized": True},
     "penalty decoupled": {"sparse__penalty_mode": "decoupled"},
 }
 BACKWARD = (0.8, 0.0)

@@ -1,5 +1,6 @@
 """Optimizers and learning rates from a config."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import optimizer
+import topkast_jax as tk
+from experiments import methods, optimizer
 from experiments.assembly import assemble
 from experiments.config import Watched
 
@@ -48,9 +50,12 @@ def test_what_a_method_penalizes_decays_once(name: str) -> None:
     )
 
 
-def test_penalized_parameters_are_found_from_the_config(tiny: Any) -> None:
+@pytest.mark.parametrize("penalty", [1e-3, 0.0])  # 0: off, and not decay in its place
+def test_penalized_parameters_are_found_from_the_config(
+    penalty: float, tiny: Any
+) -> None:
     config = tiny(
-        sparse__penalty=1e-3,
+        sparse__penalty=penalty,
         sparse__where="hidden/*",
         optimizer=dict(name="sgd", weight_decay=0.5, decay_penalized=False),
     )
@@ -99,3 +104,25 @@ def test_rates_that_make_no_sense(config: dict[str, Any], message: str) -> None:
 def test_momentum_is_no_argument_of_adamw() -> None:
     with pytest.raises(ValueError, match="optimizer.momentum is no argument of adamw"):
         moved(dict(name="adamw", momentum=0.9))
+
+
+@pytest.mark.parametrize(("stop", "ends"), [(100, 100), (None, 200)])
+@pytest.mark.parametrize("method", ["set", "rigl", "gse", "granet"])
+def test_the_drop_fraction_ends_with_the_refreshes(
+    method: str, stop: int | None, ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RigL, arXiv 1911.11134, section 3: alpha / 2 (1 + cos(pi t / T_end))."""
+    real = tk.METHODS[method]
+    given = []
+
+    @functools.wraps(real)
+    def spy(*, drop_fraction: Any, **arguments: Any) -> tk.Method:
+        given.append(drop_fraction)
+        return real(drop_fraction=drop_fraction, **arguments)
+
+    monkeypatch.setattr(tk, "METHODS", {method: spy})
+    config = dict(method=method, sparsity=0.9, refresh=10, refresh_stop=stop,
+                  drop_fraction=0.3, drop_decay="cosine")  # fmt: skip
+    methods.build(config, 200)
+    found = [float(given[0](step)) for step in (0, ends // 2, ends, 200)]
+    np.testing.assert_allclose(found, [0.3, 0.15, 0.0, 0.0], atol=1e-7)
