@@ -4,7 +4,10 @@ Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stocha
 Exploration", 2024, arXiv:2401.06898, supplement and code: 200 epochs, batch 128, SGD with
 momentum .9, rate .1 (.01 for the ViT) divided by ten after epochs 80 and 120, L2 1e-4,
 5 epochs of warm-up, crops and flips; masks every 1000 steps until epoch 120, a fifth of A
-at first, cosine to zero; Erdős–Rényi shares.
+at first, cosine to zero; Erdős–Rényi shares. Pruning ramps until epoch 120, here along a
+cubic, in the authors' code along a cosine. GSE chooses within layers, as in the paper;
+the authors' code does over all of them (`--config.sparse.scope=global`). The paper has no
+Top-KAST: its masks are chosen every 1000 steps to the last one.
 
     python -m experiments.prepare --dataset=cifar10
     python -m experiments.train --config=configs/cifar.py --workdir=runs/cifar
@@ -96,6 +99,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.sparse.drop_fraction = 0.2
     if "refresh_stop" in config.sparse and chosen.method != "top_kast" and not smoke:
         config.sparse.refresh_stop = anchor(120 * EPOCH)
+    if chosen.method == "magnitude" and not small:
+        config.sparse.update(start=0, stop=anchor(120 * EPOCH))
 
     config.mesh = "data:1"
     config.sharding = ((r".*kernel", "fsdp"), (r".*", ()))

@@ -4,7 +4,9 @@ Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 4.1 and appe
 batch 4096, 32,000 steps, SGD with Nesterov momentum .9, rate 1.6 after 5 epochs of
 warm-up, divided by ten after epochs 30, 70 and 90, L2 1e-4, label smoothing .1; masks
 every 100 steps until step 25,000. Jayakumar et al., "Top-KAST", 2020, arXiv:2106.03517,
-section 4.1 (its text does not give all of the recipe).
+section 4.1 (its text does not give all of the recipe). GSE here draws two candidates for
+every weight and replaces a fifth of them at first, as Heddes et al., 2024,
+arXiv:2401.06898, do on ImageNet.
 
     python -m experiments.prepare --dataset=imagenet2012 --manual_dir=DOWNLOADS
     python -m experiments.train --config=configs/imagenet_resnet50.py \
@@ -97,6 +99,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     if "refresh_stop" in config.sparse and chosen.method != "top_kast" and not small:
         config.sparse.refresh_stop = anchor(25_000)
+    if chosen.method == "gse":
+        config.sparse.update(subset=2.0, drop_fraction=0.2)
 
     config.mesh = "data:1"
     config.sharding = ((r".*/kernel", "fsdp"), (r".*", ()))
