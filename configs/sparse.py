@@ -40,6 +40,13 @@ DROP_GROW: dict[str, dict[str, Any]] = {
     "gse": dict(candidates="uniform", subset=1.0, scope="layer"),
 }
 """What these methods take beside a drop fraction."""
+FIRST = {
+    **dict.fromkeys(("static", "deep_r", "granet", *DROP_GROW), "random"),
+    # Where initial_sparsity is not 0, else all weights.
+    **{"magnitude": "magnitude", "saliency": "magnitude", "random_pruning": "random"},
+    **{"top_kast": "magnitude", "straight_through": "magnitude"},
+}
+"""The first A of these methods; the others begin dense."""
 OWN_DISTRIBUTION = {"granet": "erk", "gse": "erdos_renyi"}
 
 
@@ -141,8 +148,8 @@ def settings(
         # A since: masked layout, two bytes a weight.
         track_reservoir=False,
     )
-    if method in ("static", "deep_r", *DROP_GROW):
-        sparse.init = "random"  # the first A; or "magnitude", or masks.npz
+    if method in FIRST:
+        sparse.init = FIRST[method]  # the first A: "random", "magnitude", or masks.npz
     if method == "top_kast":
         sparse.update(
             forward_sparsity=forward,

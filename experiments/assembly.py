@@ -150,6 +150,8 @@ def _starts_at_random(sparse: Mapping[str, Any]) -> bool:
             for _, given in sparse["rules"]
             if isinstance(given, Mapping)
         )
+    if sparse.get("initial_sparsity") == 0:
+        return False
     factory = tk.METHODS.get(sparse["method"])
     if factory is None or "init" in sparse:
         return bool(sparse.get("init") == "random")

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -28,6 +28,8 @@ def run(main: Callable[[list[str]], int], *, positional: bool = False) -> NoRetu
             if flags.FLAGS["verbosity"].using_default_value:
                 logging.set_verbosity(logging.ERROR)  # Orbax talks
             return rest
+        except (AttributeError, KeyError) as error:
+            sys.exit(refuse(_unknown(error, argv)))
         except Exception as error:  # config files raise what they like
             sys.exit(refuse(error))
 
@@ -57,6 +59,22 @@ def checking() -> Iterator[None]:
 
 class BadInput(ValueError):
     """Something that the user can put right, found before training; one line."""
+
+
+def _unknown(error: Exception, argv: Sequence[str]) -> BadInput:
+    """What to say of a key that a config does not have.
+
+    ml_collections tells the key alone, in quotes within quotes, and what is like it.
+    """
+    told = str(error).replace("\\n", "\n").translate(str.maketrans("", "", "\\\"'"))
+    key, *advice = told.splitlines() or [""]
+    for argument in argv:
+        if argument.partition("=")[0].rpartition(".")[2] == key:
+            key = argument
+    why = (
+        "; sparse holds what its method takes, and no more" if ".sparse." in key else ""
+    )
+    return BadInput(" ".join((f"{key}: the config has no such key{why}.", *advice)))
 
 
 def refuse(error: Exception) -> int:

@@ -1,19 +1,22 @@
-"""Parameters that were trained before: from an Orbax checkpoint, or safetensors.
+"""Parameters that were trained before: from a run, an Orbax checkpoint, or safetensors.
 
 Every parameter of the model must be found, in its shape, and everything in the file must
 be used: a name that matches nothing is an error, never a parameter that stays random.
 """
 
 import math
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.flax
+from etils import epath
+
+from experiments import evaluate, paths
 
 PyTree = Any
 Rule = tuple[str, ...]
@@ -24,8 +27,9 @@ def load(path: str, rules: Sequence[Rule], shapes: PyTree) -> PyTree:
     """Reads a tree of parameters.
 
     Args:
-      path: a file that ends with .safetensors, or the folder of an Orbax checkpoint
-        that holds a tree of arrays.
+      path: a file that ends with .safetensors; the folder of a run, whose weights are
+        those that it is evaluated with (sparse ones with their zeros, averages where it
+        keeps them); or the folder of an Orbax checkpoint that holds a tree of arrays.
       rules: (regex of a parameter's whole path, name in the file), first match wins;
         the name may refer to groups of the regex, as in (r"block_(\\d+)/up/kernel",
         r"h.\\1.mlp.c_fc.weight"). A third word changes the array: "transpose" (all axes
@@ -37,25 +41,10 @@ def load(path: str, rules: Sequence[Rule], shapes: PyTree) -> PyTree:
     Raises:
       ValueError: names that are not there, or are not used, or have another shape.
     """
-    for rule in rules:
-        if len(rule) not in (2, 3) or (len(rule) == 3 and rule[2] not in CHANGES):
-            raise ValueError(
-                f"init_map: {tuple(rule)!r} must be (regex, name) or (regex, name, one "
-                f"of {', '.join(CHANGES)})"
-            )
-    there = _read(pathlib.Path(path))
-    flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    named = [
-        (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
-        for keys, leaf in flat
-    ]
-    for regex, *_ in rules:
-        if not any(re.fullmatch(regex, name) for name, _ in named):
-            raise ValueError(
-                f"init_map: the rule {regex!r} matches no parameter; there are "
-                f"{', '.join(name for name, _ in named)}"
-            )
-    sources = {name: _source(name, rules) for name, _ in named}
+    _require_rules(rules)
+    there = _read(paths.folder(path))
+    named = _named(shapes)
+    sources = _sources(named, rules)
     missing = [f"{n!r} (of {p!r})" for p, (n, _) in sources.items() if n not in there]
     used = {name for name, _ in sources.values()}
     left = [repr(name) for name in there if name not in used]
@@ -70,15 +59,78 @@ def load(path: str, rules: Sequence[Rule], shapes: PyTree) -> PyTree:
             "init_map what belongs to what"
         )
     leaves = [_fit(path, p, leaf, there, *sources[p]) for p, leaf in named]
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def _read(path: pathlib.Path) -> Mapping[str, Any]:
+def save(path: str, rules: Sequence[Rule], params: PyTree, like: str = "") -> None:
+    """Writes a tree of parameters as safetensors: what `load` reads, the other way.
+
+    Args:
+      path: the file; one that is there is replaced, as a whole.
+      rules: as in `load`.
+      params: tree of arrays.
+      like: a .safetensors file whose shapes and dtypes the arrays get; without it they
+        keep their dtypes, and no rule may say "reshape".
+    Raises:
+      ValueError: two parameters of one name, or a name or a size that `like` has not.
+    """
+    _require_rules(rules)
+    wanted = _read(paths.folder(like)) if like else {}
+    arrays: dict[str, jax.Array] = {}
+    named = _named(params)
+    sources = _sources(named, rules)
+    for parameter, leaf in named:
+        name, change = sources[parameter]
+        if name in arrays:
+            raise ValueError(f"init_map: two parameters would be called {name!r}")
+        if like and name not in wanted:
+            raise ValueError(f"like={like!r} lacks {name!r} (of {parameter!r})")
+        arrays[name] = _unfit(parameter, jnp.asarray(leaf), change, wanted.get(name))
+    if like and (left := [repr(name) for name in wanted if name not in arrays]):
+        raise ValueError(f"like={like!r} has more: {', '.join(left)}")
+    file = paths.folder(path)
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_bytes(safetensors.flax.save(arrays, {"format": "pt"}))
+    temporary.replace(file)
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _require_rules(rules: Sequence[Rule]) -> None:
+    for rule in rules:
+        if len(rule) not in (2, 3) or (len(rule) == 3 and rule[2] not in CHANGES):
+            raise ValueError(
+                f"init_map: {tuple(rule)!r} must be (regex, name) or (regex, name, one "
+                f"of {', '.join(CHANGES)})"
+            )
+
+
+def _sources(
+    named: Sequence[tuple[str, Any]], rules: Sequence[Rule]
+) -> dict[str, tuple[str, str]]:
+    """Name in the file, and how the array changes, by parameter."""
+    for regex, *_ in rules:
+        if not any(re.fullmatch(regex, name) for name, _ in named):
+            raise ValueError(
+                f"init_map: the rule {regex!r} matches no parameter; there are "
+                f"{', '.join(name for name, _ in named)}"
+            )
+    return {name: _source(name, rules) for name, _ in named}
+
+
+def _read(path: epath.Path) -> Mapping[str, Any]:
     """Arrays by name."""
     if not path.exists():
         raise ValueError(f"init_from={str(path)!r}: there is no such file or folder")
     if path.suffix == ".safetensors":
         try:
+            if paths.is_remote(path):
+                return dict(safetensors.flax.load(path.read_bytes()))
             return dict(safetensors.flax.load_file(path))
         except safetensors.SafetensorError as error:
             raise ValueError(
@@ -89,17 +141,29 @@ def _read(path: pathlib.Path) -> Mapping[str, Any]:
             f"init_from={str(path)!r} must be a .safetensors file, or the folder of an "
             "Orbax checkpoint"
         )
+    if (path / "checkpoints").is_dir():
+        return _of_run(path)
+    if (path / "meta").is_dir() and (path / "params").is_dir():
+        raise ValueError(
+            f"init_from={str(path)!r} is one checkpoint of a run; name the run's folder, "
+            f"{str(path.parent.parent)!r}: its newest checkpoint is read"
+        )
     try:
-        tree = ocp.StandardCheckpointer().restore(path.absolute())
+        tree = ocp.StandardCheckpointer().restore(paths.whole(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"init_from={str(path)!r} holds no Orbax checkpoint of arrays: {error}"
         ) from error
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
-        for keys, leaf in flat
-    }
+    return dict(_named(tree))
+
+
+def _of_run(path: epath.Path) -> Mapping[str, Any]:
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"init_from={str(path)!r}: a run's folder is read by one process alone; make "
+            "a file of it, python -m experiments.export"
+        )
+    return dict(_named(evaluate.read(str(path)).weights.alpha))
 
 
 def _source(path: str, rules: Sequence[Rule]) -> tuple[str, str]:
@@ -109,6 +173,26 @@ def _source(path: str, rules: Sequence[Rule]) -> tuple[str, str]:
         if found:
             return found.expand(name), change[0] if change else ""
     return path, ""
+
+
+def _unfit(parameter: str, array: jax.Array, change: str, wanted: Any) -> jax.Array:
+    """Undoes `_fit`."""
+    if "reshape" in change:
+        if wanted is None:
+            raise ValueError(
+                f"{parameter!r} was reshaped; say like=, a file with the shape it had"
+            )
+        if array.size != wanted.size:
+            raise ValueError(f"{parameter!r} is {array.shape}, in like {wanted.shape}")
+        flipped = wanted.shape[::-1] if "transpose" in change else wanted.shape
+        array = array.reshape(flipped)
+    if "transpose" in change:
+        array = array.T
+    if wanted is None:
+        return array
+    if array.shape != wanted.shape:
+        raise ValueError(f"{parameter!r} is {array.shape}, in like {wanted.shape}")
+    return array.astype(wanted.dtype)
 
 
 def _fit(

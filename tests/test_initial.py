@@ -1,5 +1,6 @@
 """Where methods start: at random, from the largest weights, from masks."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -11,7 +12,21 @@ import pytest
 import topkast_jax as tk
 
 SHAPE = (8, 12)
-METHODS: dict[str, Any] = {"static": tk.static, "set": tk.set_, "rigl": tk.rigl}
+HALFWAY = dict(initial_sparsity=0.75, start=5, stop=9)
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "top_kast": dict(forward_sparsity=0.75, backward_sparsity=0.5),
+    **dict.fromkeys(("magnitude", "saliency", "random_pruning", "granet"), HALFWAY),
+}
+DENSE_AT_FIRST = {"acdc", "one_shot", "snip"}
+METHODS = sorted(tk.METHODS.keys() - DENSE_AT_FIRST)
+PACKED = ("static", "set", "rigl", "top_kast", "straight_through")
+
+
+def made(name: str, init: Any, **more: Any) -> tk.Method:
+    arguments = {"sparsity": 0.875 if name in ARGUMENTS else 0.75}
+    if name == "top_kast":
+        arguments = {}
+    return tk.METHODS[name](**arguments, **ARGUMENTS.get(name, {}), init=init, **more)
 
 
 def params() -> Any:
@@ -20,7 +35,8 @@ def params() -> Any:
 
 def first(method: tk.Method, layout: str, axes: Any = None) -> np.ndarray:
     """A of step 0."""
-    tx = tk.sparse(optax.sgd(0.1), method, layout=layout, axes=axes)
+    rate = 0.1 if method.needs_learning_rate else None
+    tx = tk.sparse(optax.sgd(0.1), method, layout=layout, axes=axes, learning_rate=rate)
     if layout == "masked":
         state = tx.init(params())
     else:
@@ -35,11 +51,53 @@ def largest(k: int) -> np.ndarray:
     return mask.reshape(SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(n, "masked") for n in METHODS] + [(n, "packed") for n in PACKED],
+)
+def test_every_method_starts_from_what_it_is_told(name, layout):
+    fan_in = name == "srigl"  # two of eight inputs for every output
+    size = np.abs(np.asarray(params()["kernel"]))
+    order = np.argsort(-size, axis=0) if fan_in else np.argsort(-size, axis=None)
+    top, last = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+    for mask, chosen in ((top, order[: len(order) // 4]), (last, order[-2:])):
+        np.put_along_axis(mask, chosen, True, axis=0 if fan_in else None)
+    found = first(made(name, "magnitude"), layout)
+    np.testing.assert_array_equal(found, top)
+    found = first(made(name, {"kernel": last, "bias": None}), layout)
+    assert found[last].all() and found.sum() == 24  # kept, and extended at random
+    found = first(made(name, {"kernel": top, "bias": None}), layout)
+    np.testing.assert_array_equal(found, top)
+    at_random = first(made(name, "random"), layout)
+    assert at_random.sum() == 24 and (at_random != top).any()
+
+
+@pytest.mark.parametrize("name", DENSE_AT_FIRST)
+def test_what_begins_dense_takes_no_start(name):
+    assert "init" not in inspect.signature(tk.METHODS[name]).parameters
+    arguments = dict(
+        acdc=dict(warmup=2, compressed=3, dense=2, last=9), one_shot=dict(at=2)
+    )
+    method = tk.METHODS[name](0.75, **arguments.get(name, {}))
+    assert first(method, "masked").all()
+
+
+@pytest.mark.parametrize("explore", ["top", "random"])
 @pytest.mark.parametrize("layout", ["masked", "packed"])
-@pytest.mark.parametrize("name", METHODS)
-def test_from_the_largest_weights(name, layout):
-    found = first(METHODS[name](0.75, init="magnitude"), layout)
-    np.testing.assert_array_equal(found, largest(24))
+def test_top_kast_explores_around_a_given_mask(explore, layout):
+    """B holds the mask, and beside it the largest or random weights."""
+    given = ~largest(72)
+    method = tk.top_kast(0.75, 0.5, init={"kernel": given}, explore=explore)
+    tx = tk.sparse(optax.sgd(0.1), method, layout=layout)
+    state = tx.init(params()) if layout == "masked" else tk.start(tx, params())[1]
+    backward = np.asarray(tk.dense_masks(state).backward["kernel"])
+    assert backward[given].all() and backward.sum() == 48
+    assert (backward == given | largest(24)).all() == (explore == "top")
+
+
+def test_a_soft_threshold_starts_from_the_largest():
+    with pytest.raises(ValueError, match="A must be the largest weights"):
+        tk.straight_through(0.5, soft=True, init="random")
 
 
 def test_magnitude_keeps_the_weights_that_were_trained():

@@ -158,7 +158,9 @@ class Leaf(Draws, Protocol):
         ...
 
     def top(self, scores: Any, k: Any, among: Any = None) -> Entries:
-        """The `k` units of largest score, among those marked; ties by position."""
+        """The `k` units of largest score, among those marked or in a set; ties by
+        position.
+        """
         ...
 
     def quota(self, scores: Any, k: Any, among: Any = None) -> Any:

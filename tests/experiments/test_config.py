@@ -332,11 +332,15 @@ def test_a_spec_is_taken_by_the_letter() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (
+        pytest.param(
             "--config=configs/quickstart.py:methode=rigl",
             "argument 'methode' is unknown",
+            marks=pytest.mark.slow,
         ),
-        pytest.param("--config.stpes=3", "stpes", marks=pytest.mark.slow),
+        (
+            "--config.stpes=3",
+            "--config.stpes=3: the config has no such key. Did you mean steps",
+        ),
         pytest.param("--config=configs/qiuckstart.py", "qiuck", marks=pytest.mark.slow),
         pytest.param("--config.steps=many", "many", marks=pytest.mark.slow),
         pytest.param("more", "unexpected arguments: more", marks=pytest.mark.slow),

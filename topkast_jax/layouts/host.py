@@ -77,20 +77,14 @@ class HostLeaf:
 
     def top(self, scores: Any, k: Any, among: Any = None) -> Set:
         """The `k` units of largest score, among those marked; ties by position."""
-        units = total(np.asarray(scores), len(self.grid.unit))
-        if among is not None:
-            units = np.where(np.asarray(among), units, -np.inf)
+        units = self._units(scores, among)
         chosen = _top_rows(units, _per_row(k, len(units)))
         return self._set(chosen, self.places)
 
     def quota(self, scores: Any, k: Any, among: Any = None) -> np.ndarray:
         """How many of a slice's `k` units of largest score lie in each selection."""
-        units = total(np.asarray(scores), len(self.grid.unit))
-        if among is not None:
-            units = np.where(np.asarray(among), units, -np.inf)
-        places = self.places
-        if places is None:
-            places = np.broadcast_to(np.arange(self.size), units.shape)
+        units = self._units(scores, among)
+        places = self._places()
         slices, number = to_units(self.grid, self._keys(places).reshape(-1))
         order = np.argsort(slices, kind="stable")
         shape = (len(self.rows) // self.grid.selections, -1)
@@ -102,6 +96,21 @@ class HostLeaf:
         marks = np.zeros(units.size, bool)
         marks[order] = chosen.reshape(-1)
         return marks.reshape(units.shape).sum(axis=1)
+
+    def _units(self, scores: Any, among: Any) -> np.ndarray:
+        """[selections, m], the score of each unit; least outside of marks, or of a set."""
+        units = total(np.asarray(scores), len(self.grid.unit))
+        if among is None:
+            return units
+        marks = np.asarray(among)
+        if marks.dtype != np.bool_:
+            marks = contains(marks, self._keys(self._places()))
+        return np.where(marks, units, -np.inf)
+
+    def _places(self) -> np.ndarray:
+        if self.places is not None:
+            return self.places
+        return np.broadcast_to(np.arange(self.size), (len(self.rows), self.size))
 
     def grow(self, score: Score, k: Any, outside: Set, among: Set | None = None) -> Set:
         """The `k` candidates of largest score outside a set; ties in random order."""

@@ -7,6 +7,7 @@ from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule
 from topkast_jax.distribution import Distribution
+from topkast_jax.methods.initial import Init
 from topkast_jax.methods.top_kast import top_kast
 from topkast_jax.schedule import every
 from topkast_jax.structure import Structure, unstructured
@@ -20,6 +21,7 @@ def straight_through(
     distribution: Distribution = distribution_lib.uniform,
     structure: Structure = unstructured,
     where: Where = kernels,
+    init: Init = "magnitude",
 ) -> Method:
     """Straight-through: A = the k largest |theta|, B = everything.
 
@@ -48,10 +50,13 @@ def straight_through(
       distribution: how sparsity is spread over parameters.
       structure: which patterns the masks have; for the soft form single entries.
       where: which parameters are sparse.
+      init: the first A, until the first refresh: "magnitude", as at every refresh;
+        "random"; or a tree of masks like the parameters.
     Returns:
       A `Method`.
     Raises:
-      ValueError: a sparsity out of range, or a soft form of units that are no entries.
+      ValueError: a sparsity out of range, a soft form of units that are no entries, or
+        of a first A that is not the largest weights.
     Example:
       >>> import optax, topkast_jax as tk
       >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
@@ -75,9 +80,15 @@ def straight_through(
         distribution=distribution,
         structure=structure,
         where=where,
+        init=init,
     )._replace(name="straight_through")
     if not soft:
         return hard
+    if not isinstance(init, str) or init != "magnitude":
+        raise ValueError(
+            "soft=True shrinks A by the largest weight outside of it, so A must be the "
+            "largest weights; use init='magnitude', or soft=False"
+        )
     if structure != unstructured:
         raise ValueError(
             f"soft=True shrinks single entries, and structure={structure.name} chooses "

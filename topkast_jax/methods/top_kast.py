@@ -10,6 +10,7 @@ from topkast_jax import levels
 from topkast_jax._trees import Where, kernels
 from topkast_jax._types import Due, Leaf, LeafMasks, Memory, Method, Schedule, View
 from topkast_jax.distribution import Copies, Distribution, Shapes
+from topkast_jax.methods.initial import Init, starting_set
 from topkast_jax.methods.static import following
 from topkast_jax.schedule import at_step, every, require_at_least
 from topkast_jax.score import magnitude
@@ -33,6 +34,7 @@ def top_kast(
     distribution: Distribution = distribution_lib.uniform,
     structure: Structure = unstructured,
     where: Where = kernels,
+    init: Init = "magnitude",
 ) -> Method:
     """Top-KAST: forward with the k_A largest weights, train the k_B largest.
 
@@ -71,10 +73,13 @@ def top_kast(
       distribution: how sparsity is spread over parameters.
       structure: which patterns the masks have, as `tk.blocks(8, 128)`.
       where: which parameters are sparse.
+      init: the first A, until the first refresh: "magnitude", as at every refresh;
+        "random"; or a tree of masks like the parameters.
     Returns:
       A `Method`.
     Raises:
-      ValueError: sparsities out of range or order, an unknown option, a negative value.
+      ValueError: sparsities out of range or order, an unknown option, a negative value,
+        an `init` that makes no sense.
     Example:
       >>> import optax, topkast_jax as tk
       >>> tx = tk.sparse(optax.sgd(0.1), tk.top_kast(0.5, 0.25, penalty=0.0))
@@ -103,6 +108,8 @@ def top_kast(
     if stop is not None and stop < 0:
         raise ValueError(f"stop={stop} must not be negative")
 
+    first_set = starting_set(init)
+
     def counts(shapes: Shapes, copies: Copies) -> Any:
         first = distribution(shapes, forward_first, copies)
         second = distribution(shapes, backward_first, copies)
@@ -126,7 +133,16 @@ def top_kast(
         return leaf.masks(forward, leaf.where(last, forward, backward))
 
     def init_masks(leaf: Leaf) -> tuple[LeafMasks, Memory]:
-        return select(leaf, stop == 0), ()
+        if isinstance(init, str) and init == "magnitude":
+            return select(leaf, stop == 0), ()
+        k_forward, k_backward = leaf.counts
+        forward, more = first_set(leaf, k_forward), k_backward - k_forward
+        if explore == "top":
+            rest = leaf.draw(leaf.size - k_forward, outside=forward)
+            others = leaf.top(magnitude(leaf), more, among=rest)
+        else:
+            others = leaf.draw(more, outside=forward)
+        return leaf.masks(forward, leaf.union(forward, others)), ()
 
     def refresh_masks(
         leaf: Leaf, memory: Memory, step: Any
