@@ -2,12 +2,13 @@
 
     python -m experiments.inspect runs/quickstart
     python -m experiments.inspect runs/quickstart --layer=block_0/feed_forward/in
-    ... --picture=mask.png       draws the mask of the layer, inputs down, outputs across
+    ... --picture=mask.png       draws the mask of the layer, inputs down, outputs across;
+                                 of a stacked one the first slice, or --slice=N
     ... --masks=masks.npz        writes all masks, for `tk.load_masks` and `sparse.init=`
 
-Without a layer: the plan, and one line for each sparse parameter, with its in- and
-out-degrees (entries of A in a column and in a row) and its dead units. Exit code 2 with
-one line on stderr where there is nothing to look at.
+The plan, and one line for each sparse parameter, with its in- and
+out-degrees (entries of A in a column and in a row) and its dead units; of one layer
+also how many neurons have each degree. Exit code 2 with one line on stderr where there is nothing to look at.
 """
 
 import pathlib
@@ -113,7 +114,11 @@ def draw(file: pathlib.Path, title: str, matrix: np.ndarray) -> None:
 
 
 def look(
-    workdir: str, layer: str | None, picture: str | None, masks: str | None
+    workdir: str,
+    layer: str | None,
+    picture: str | None,
+    masks: str | None,
+    number: int = 0,
 ) -> str:
     """What was asked for, as text; files are written besides.
 
@@ -122,8 +127,9 @@ def look(
       layer: path of a parameter; its kernel may be left out.
       picture: PNG to write, of the layer.
       masks: npz to write, of all masks.
+      number: which slice of a stacked parameter is drawn.
     Raises:
-      ValueError: nothing to look at, or no such layer.
+      ValueError: nothing to look at, or no such layer or slice.
     """
     run = evaluate.read(workdir)
     assembly = assemble(run.config)
@@ -141,13 +147,14 @@ def look(
     path = layer if layer in found else f"{layer}/kernel"
     if path not in found:
         raise ValueError(f"no layer {layer!r}; there are {', '.join(found)}")
+    if not 0 <= number < len(found[path]):
+        raise ValueError(f"--slice={number}: {path} has {len(found[path])}, from 0 on")
     if picture is not None:
-        draw(
-            pathlib.Path(picture),
-            f"{path}, step {run.weights.meta['step']}",
-            found[path][0],
-        )
-    text = [described({path: found[path]})]
+        of = f", slice {number} of {len(found[path])}" if len(found[path]) > 1 else ""
+        title = f"{path}{of}, step {run.weights.meta['step']}"
+        draw(pathlib.Path(picture), title, found[path][number])
+    only = tuple(row for row in plan.rows if row.path == path)
+    text = [str(plan._replace(rows=only, slotless=())), described({path: found[path]})]
     for name, side in zip(("in", "out"), degrees(found[path]), strict=True):
         values, counts = np.unique(side, return_counts=True)
         pairs = ", ".join(f"{v}: {c}" for v, c in zip(values, counts, strict=True))
@@ -162,13 +169,22 @@ def main(argv: list[str]) -> int:
     if len(folders) != 1:
         raise command.BadInput("name one folder of a run, as in runs/quickstart")
     with command.checking():
-        print(look(folders[0], chosen.layer, chosen.picture, chosen.masks))
+        print(
+            look(
+                folders[0],
+                chosen.layer,
+                chosen.picture,
+                chosen.masks,
+                chosen.slice,
+            )
+        )
     return 0
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a run, which may also stand alone.")
     flags.DEFINE_string("layer", None, "Path of a sparse parameter.")
+    flags.DEFINE_integer("slice", 0, "Which slice of a stacked parameter is drawn.")
     flags.DEFINE_string("picture", None, "PNG to write, of the layer's mask.")
     flags.DEFINE_string("masks", None, "npz to write, of all masks.")
     command.run(main, positional=True)

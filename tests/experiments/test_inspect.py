@@ -39,6 +39,7 @@ def test_a_run_is_described(layout: str, tiny: Any, tmp_path: pathlib.Path) -> N
     picture, file = tmp_path / "mask.png", tmp_path / "masks.npz"
     said = inspect.look(str(tmp_path), "hidden", str(picture), str(file))
     assert "in-degree: number of neurons" in said and "out/kernel" not in said
+    assert "sparsity A" in said and "sparse, top_kast" in said  # its row of the plan
     assert picture.read_bytes().startswith(b"\x89PNG")
     want = tk.dense_masks(state.opt_state).forward["hidden"]["kernel"]
     np.testing.assert_array_equal(tk.load_masks(file)["hidden/kernel"], want)
@@ -57,6 +58,8 @@ def test_flags_that_make_no_sense(tiny: Any, tmp_path: pathlib.Path) -> None:
     train(tiny(steps=4, log_every=2, eval_every=4), tmp_path)
     with pytest.raises(ValueError, match="no layer 'tail'; there are hidden/kernel"):
         inspect.look(str(tmp_path), "tail", None, None)
+    with pytest.raises(ValueError, match="--slice=1: hidden/kernel has 1, from 0 on"):
+        inspect.look(str(tmp_path), "hidden", None, None, 1)
     with pytest.raises(ValueError, match="--picture is of one layer"):
         inspect.look(str(tmp_path), None, "mask.png", None)
 
