@@ -259,6 +259,19 @@ class Grid:
             [places[a] for a in axes.within], [shape[a] for a in axes.within]
         )
 
+    def rows_and_columns(self, numbers: Any) -> tuple[Any, Any]:
+        """Inverse of `numbers`."""
+        if not self.plain:
+            return numbers // self.units[-1], numbers % self.units[-1]
+        shape, axes = self.split
+        places = _unraveled(numbers, [shape[a] for a in axes.within])
+        found = dict(zip(axes.within, places, strict=True))
+        rows, columns = (
+            _raveled([found[a] for a in side], [shape[a] for a in side])
+            for side in ((*axes.window, *axes.inputs), axes.outputs)
+        )
+        return rows, columns
+
     def within_selections(self, numbers: Any) -> Any:
         """Positions in their selections of units that are given by number."""
         array, roles, first = self._inside

@@ -1,7 +1,8 @@
 """Gradients of absent entries for the packed layouts.
 
 Of all of them, one parameter at a time, where a method asks for the largest; of a few
-that it has drawn, all parameters at once and nothing dense.
+that it has drawn, all parameters at once, as entries of B that are zero: a product by
+units makes nothing dense of them, and one that expands a layer's gradient at a time.
 """
 
 import dataclasses

@@ -64,6 +64,7 @@ def matrix(structure: tk.Structure, axes: str = "i o", seed: int = 0) -> Any:
         *(("blocks_rows_first", s) for s in BLOCKED),
         *(("batch", s) for s in BLOCKED),
         ("columns", "fan_in_blocks"),
+        *(("entries", s) for s in ("entries", "fan_in", "n_of_m")),
     ],
 )
 def test_products_and_gradients(name, structure, axes):
@@ -101,6 +102,22 @@ def test_single_entries_are_declined(name, structure):
     found, *_ = matrix(STRUCTURES[structure])
     with pytest.raises(NotImplementedError, match="single entries"):
         tk.ops.sparse_matmul(jnp.ones((2, INPUTS)), found, name)
+
+
+@pytest.mark.parametrize("structure", ["blocks", "fan_in_blocks", "groups"])
+def test_blocks_are_no_single_entries(structure):
+    found, *_ = matrix(STRUCTURES[structure])
+    with pytest.raises(NotImplementedError, match="no single entries"):
+        tk.ops.sparse_matmul(jnp.ones((2, INPUTS)), found, "entries")
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 4096])
+def test_any_number_of_entries_at_once(at_once, monkeypatch):
+    monkeypatch.setattr(xla, "AT_ONCE", at_once)
+    found, alpha, _ = matrix(STRUCTURES["entries"], "i o o")
+    x = np.random.default_rng(0).normal(size=(7, INPUTS)).astype(np.float32)
+    y = tk.ops.sparse_matmul(x, found, "entries")
+    np.testing.assert_allclose(y, x @ alpha, atol=2e-5)
 
 
 def test_columns_need_a_constant_number():
@@ -146,6 +163,21 @@ def test_choice_by_structure():
         (tk.blocks(4, 8), "expanded"),  # too small to be worth it
     ):
         assert choose(matrix(structure)[0].index) == expected
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "expected"),
+    [(0.97, 0.97, "entries"), (0.98, 0.95, "entries"), (0.95, 0.95, "expanded")],
+)
+@pytest.mark.parametrize("structure", [tk.unstructured, tk.fan_in()])
+def test_few_single_entries_are_multiplied_one_by_one(
+    forward, backward, expected, structure
+):
+    method = tk.top_kast(forward, backward, structure=structure)
+    tx = tk.sparse(optax.sgd(0.1), method, layout="block")
+    kernel = jax.random.normal(jax.random.key(0), (400, 20))
+    _, state, _ = tk.start(tx, {"kernel": kernel})
+    assert choose(tk.masks(state).forward["kernel"]) == expected
 
 
 def test_blocks_form_no_dense_array():

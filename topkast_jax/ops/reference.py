@@ -1,7 +1,7 @@
 """The meaning of a sparse product: expand the matrix, multiply, gather.
 
-Not only a reference: where units are single entries, nothing in XLA beats it. The dense
-matrix lives for the length of one product, and so does the dense gradient.
+Not only a reference: where units are single entries and not very few, nothing in XLA beats
+it. The dense matrix lives for the length of one product, and so does the dense gradient.
 """
 
 from jaxtyping import Array

@@ -1,4 +1,4 @@
-"""Sparse products as loops over blocks, in plain XLA.
+"""Sparse products as loops over blocks, or over single entries, in plain XLA.
 
 All add in float32. On CPU a transposition around a product can cost more than the product:
 XLA fuses it into its neighbour, whose accesses then miss every cache. So the loop over
@@ -268,3 +268,65 @@ def _batch_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
 
 
 by_batch = Product(_batch_forward, _batch_input_gradient, _batch_weight_gradient)
+
+
+# Single entries, so many at a time: nothing as large as the matrix is made.
+
+AT_ONCE = 1024
+"""Entries of one turn: that many rows of activations are gathered."""
+
+
+def _entries(index: Index, n: int) -> tuple[Array, Array]:
+    """Rows and columns of the first n entries, [turns, AT_ONCE], the last filled up."""
+    grid = index.here
+    if grid.entries > 1 or grid.structure.parts > 1 or index.index.ndim > 1:
+        raise NotImplementedError(f"{grid.structure.name}: units are no single entries")
+    rows, columns = grid.rows_and_columns(index.index[:n])
+    return _turns(rows), _turns(columns)
+
+
+def _turns(x: Array) -> Array:
+    """[n] as [turns, AT_ONCE], the last turn filled up with zeros."""
+    turns = -(-len(x) // AT_ONCE)
+    return jnp.pad(x, (0, turns * AT_ONCE - len(x))).reshape(turns, AT_ONCE)
+
+
+def _sums(values: Array, source: Array, seen: Array, to: Array, features: int) -> Array:
+    """[features, n]: at `to`, the sums of the rows `seen` of a source, times values."""
+
+    def turn(y: Array, operands: Any) -> tuple[Array, None]:
+        value, at, where = operands
+        part = value[:, None] * source.at[at].get(mode="promise_in_bounds")
+        return y.at[where].add(part, mode="promise_in_bounds"), None
+
+    zero = jnp.zeros((features, source.shape[-1]), jnp.float32)
+    y, _ = lax.scan(turn, zero, (_turns(values), seen, to))
+    return y.astype(source.dtype)
+
+
+def _entries_forward(x: Array, values: Array, index: Index) -> Array:
+    rows, columns = _entries(index, index.k_forward)
+    outputs = index.here.matrix_shape[1]
+    return _sums(values[: index.k_forward], x, rows, columns, outputs)
+
+
+def _entries_input_gradient(dy: Array, values: Array, index: Index) -> Array:
+    rows, columns = _entries(index, index.k_forward)
+    inputs = index.here.matrix_shape[0]
+    return _sums(values[: index.k_forward], dy, columns, rows, inputs)
+
+
+def _entries_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
+    n = len(index.index)
+
+    def turn(operands: tuple[Array, Array]) -> Array:
+        row, column = (source.at[at].get(mode="promise_in_bounds")
+                       for source, at in zip((x, dy), operands, strict=True))  # fmt: skip
+        return jnp.sum(row * column, axis=1, dtype=jnp.float32)
+
+    return lax.map(turn, _entries(index, n)).reshape(-1)[:n].astype(x.dtype)
+
+
+by_entries = Product(
+    _entries_forward, _entries_input_gradient, _entries_weight_gradient
+)
