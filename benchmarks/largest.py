@@ -31,9 +31,9 @@ import numpy as np
 import optax
 
 import topkast_jax as tk
-from benchmarks import budget as budgets
 from benchmarks import decoder, fit, mixed, timing
 from benchmarks.layouts import pair
+from experiments import budget as budgets
 
 PyTree = Any
 TEXT = pathlib.Path(__file__).parents[1] / "experiments/data/texts/tiny_shakespeare.txt"
@@ -222,10 +222,10 @@ def train(
         f"loss {losses[0]:.3f} at first; mean of the first {few} steps {first:.3f}, of "
         f"the last {few} of {steps} {last:.3f} nats a byte"
     )
-    _tell(f"peak of the process {budgets.gib(_peak())} GiB")
+    _tell(f"peak of the process {budgets.size(_peak())}")
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        _tell(f"peak of the device {budgets.gib(stats['peak_bytes_in_use'])} GiB")
+        _tell(f"peak of the device {budgets.size(stats['peak_bytes_in_use'])}")
     if not last < first:
         raise RuntimeError("the loss does not fall")
 
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"dense; Top-KAST {forward}/{backward}, {setting.layout} ({units}), theta in "
         f"{setting.theta.name}, products in {setting.dtype.name}, batch {setting.rows} x "
         f"{setting.segment}\n"
-        f"  dense with gradient and Adam, float32{budgets.gib(16 * weights):>8} GiB\n"
+        f"  dense with gradient and Adam, float32{budgets.size(16 * weights):>12}\n"
         f"{budgets.table(need, there)}",
         flush=True,
     )

@@ -5,18 +5,17 @@ In the masked layout masks change inside the update, and none of this is used.
 
 import dataclasses
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 import topkast_jax as tk
-from experiments import distributed
+from experiments import budget, distributed
 from experiments import mesh as meshes
 from experiments import state as states
 from experiments.state import State
@@ -154,55 +153,34 @@ def tidy(store: tk.Store, kept: Sequence[Mapping[str, Any] | None] | None) -> No
             shutil.rmtree(other)
 
 
-class Needs(NamedTuple):
-    """Bytes that a packed run holds between steps: on one device, and in one process."""
-
-    device: int
-    host: int
-
-    def __str__(self) -> str:
-        device, host = (f"{size / 2**20:,.1f} MiB" for size in self)
-        return f"state {device} on the device, reservoir {host} on the host"
-
-
-def needs(state: State, reservoir: bool) -> Needs:
-    """What a state holds on each device, and the own reservoir of this process.
+def needs(state: State, reservoir: bool) -> budget.Budget:
+    """What a run takes on each device, and of this process and its disk.
 
     Args:
       state: ShapeDtypeStructs with shardings.
       reservoir: whether the method keeps one.
     """
+    own = tk.own_slices(tk.masks(state.opt_state))
+    indices = _indices(state.opt_state)
 
-    def on_one(x: Any) -> int:
-        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    def here(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
 
-    host, own = 0, tk.own_slices(tk.masks(state.opt_state))
-    for path, index in _indices(state.opt_state).items() if reservoir else ():
-        dtype, count = _by_path(state.params)[path].dtype, index.grid.whole[0]
+    def dense(keys: Any, leaf: Any) -> Any:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if path not in indices:
+            return leaf
+        grid = indices[path].grid
+        count = grid.whole[0]
         slices = len(own[path][0]) if path in own else count
-        host += math.prod(index.grid.shape) // count * slices * dtype.itemsize
-    return Needs(sum(map(on_one, jax.tree.leaves(state))), host)
+        size = math.prod(grid.shape) // count * slices
+        return jax.ShapeDtypeStruct((size,), leaf.dtype)
 
-
-def require_memory(needed: Needs, free: Needs | None = None) -> None:
-    """Raises ValueError where a run needs more than there is.
-
-    Args:
-      needed: from `needs`.
-      free: what there is; None asks the system. A device that does not say how much it
-        has is not checked.
-    """
-    if free is None:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = Needs(stats.get("bytes_limit", needed.device), host)
-    for where, need, there in zip(("device", "host"), needed, free, strict=True):
-        if need > there:
-            raise ValueError(
-                f"this run holds {need / 2**20:,.0f} MiB on the {where}, and there are "
-                f"{there / 2**20:,.0f} MiB; make the model smaller, or B sparser, or "
-                "choose a method without a reservoir"
-            )
+    whole = jax.tree_util.tree_map_with_path(dense, state.params)
+    params, opt_state, carry = jax.tree.map(here, tuple(state[:3]))
+    found = budget.budget(whole, params, opt_state, 0, reservoir)
+    refresh = found.refresh + budget.size_of(carry)
+    return found._replace(refresh=refresh, disk=2 * found.theta)
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 import topkast_jax as tk
 from experiments import (
+    budget,
     command,
     compare,
     distributed,
@@ -135,13 +136,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Outcome:
         print(f"{cfg.name}: {cfg.steps} steps on mesh {meshes.describe(mesh)}")
         require_all_read(cfg)
         recall = functools.partial(packing.recall, workdir, run.in_files)
+        if run.packed:  # before a reservoir is read
+            needed, kept = packing.needs(abstract, method.reservoir), method.reservoir
+            there = budget.room(
+                str(workdir / packing.THETA) if kept and run.in_files else None,
+                str(workdir / packing.RESERVOIR) if kept else None,
+            )
+            print(f"what this run takes:\n{budget.table(needed, there)}")
+            budget.require(needed, there)
         restored = checkpoints.restore(prepare, recall)
         if restored is not None:
             restored = run.adopt(restored, workdir)
-        if run.packed:
-            needed = packing.needs(abstract, method.reservoir)
-            print(f"needs: {needed}")
-            packing.require_memory(needed)
     print(run.plan())
 
     if restored:

@@ -13,7 +13,7 @@ from runs import assert_same, hook_training_data, kill_at, raw, rows, run_progra
 
 import topkast_jax as tk
 from configs import quickstart
-from experiments import assembly, command, evaluate, packing, position
+from experiments import assembly, budget, command, evaluate, packing, position
 from experiments.config import Watched
 from experiments.train import Stopped, train
 
@@ -361,30 +361,76 @@ def test_steps_without_effect_do_not_shift_the_schedule(
     assert churned[0] == churned[1] and len(churned[0]) == 3
 
 
-def test_bytes_are_told_and_too_few_are_an_error(
-    tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """The reservoir: 16 x 32 and 32 x 1 floats."""
-    train(packed(tiny), tmp_path / "fits")
+THETA = 4 * (16 * 32 + 32)
+"""Bytes of the reservoir of the tiny task."""
+
+
+def test_bytes_are_told(
+    tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = packed(tiny, sparse__reservoir="files")
+    train(config, tmp_path)
     printed = capsys.readouterr().out
-    assert "reservoir 0.0 MiB on the host" in printed
-    run = assembly.assemble(Watched(packed(tiny)))
+    assert printed.index("what this run takes:") < printed.index("compiled the step")
+    for line in ("device: optimizer state", "host: theta", "disk: journal, at most"):
+        assert f"  {line}" in printed
+    run = assembly.assemble(Watched(config))
     needed = packing.needs(run.abstract(), True)
-    assert needed.host == 4 * (16 * 32 + 32)
+    assert needed.theta == THETA and needed.disk == 2 * THETA
     state, _ = run.begin(tmp_path / "begun")
-    assert needed.device == sum(x.nbytes for x in jax.tree.leaves(state))
-    assert packing.needs(run.abstract(), False).host == 0
-    for free, where in (
-        (packing.Needs(needed.device - 1, needed.host), "device"),
-        (packing.Needs(needed.device, needed.host - 1), "host"),
-    ):
-        with pytest.raises(ValueError, match=f"on the {where}, and there are"):
-            packing.require_memory(needed, free)
-    monkeypatch.setattr(packing.os, "sysconf", lambda name: 1)
-    with pytest.raises(command.BadInput, match="on the host, and there are 0 MiB"):
-        train(packed(tiny), tmp_path / "does not")
-    assert not (tmp_path / "does not").exists()
+    held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert needed.parameters + needed.positions + needed.moments == held
+    without = packing.needs(run.abstract(), False)
+    assert without.theta == without.disk == 0 < without.work < needed.work
+    # Base, records and mapped files are within what was said.
+    written = sum(
+        file.stat().st_size
+        for folder in (packing.THETA, packing.RESERVOIR)
+        for file in (tmp_path / folder).rglob("*.bin")
+    )
+    assert THETA <= written <= THETA + needed.disk
+
+
+@pytest.mark.parametrize(
+    ("where", "scarce", "message"),
+    [
+        ("memory", "host", "memory, device and host in one: .* are needed, and "),
+        ("files", "files", "^files: "),
+        ("files", "disk", "^disk: "),
+        ("memory", "disk", "^disk: "),
+    ],
+)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_too_few_bytes_are_an_error(
+    where: str, scarce: str, message: str, goes_on: bool, tiny: Any,
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Before anything is made, and before a reservoir that is there is read."""
+    config = packed(tiny, sparse__reservoir=where)
+    workdir = tmp_path / "run"
+    if goes_on:
+        train(config, workdir)
+        config.steps += 4
+    there = budget.room
+
+    def little(files: str | None, journal: str | None = None) -> budget.Room:
+        found = there(files, journal)
+        assert (found.files is not None) == (where == "files")
+        return found._replace(**{scarce: THETA - 1})
+
+    monkeypatch.setattr(budget, "room", little)
+    monkeypatch.setattr(packing, "recall", lambda *a: pytest.fail("was read"))
+    with pytest.raises(command.BadInput, match=message):
+        train(config, workdir)
+    assert workdir.exists() == goes_on
+
+
+def test_files_that_will_be_replaced_count_as_free(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "theta").mkdir()
+    (tmp_path / "theta" / "x.bin").write_bytes(bytes(2**24))
+    free = shutil.disk_usage(tmp_path).free
+    found = budget.room(str(tmp_path / "theta"), str(tmp_path / "journal")).files
+    assert found is not None and abs(found - free - 2**24) < 2**23
 
 
 def test_a_lag_of_the_schedule_survives_a_resume(

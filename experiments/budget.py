@@ -25,6 +25,8 @@ class Budget(NamedTuple):
       theta: the reservoir.
       work: what a refresh holds on the host beside it: copies of B, sets of units, and
         one parameter at a time in float32.
+      disk: what a run writes down of theta: a base of its journal, and a second one
+        while that is compacted.
     """
 
     parameters: int
@@ -34,6 +36,7 @@ class Budget(NamedTuple):
     refresh: int
     theta: int
     work: int
+    disk: int = 0
 
     @property
     def device(self) -> int:
@@ -49,21 +52,26 @@ class Room(NamedTuple):
       host: free memory.
       files: free space for a mapped theta; None where theta is in memory.
       held: what this process holds already: Python, JAX, compiled programs.
+      disk: free space for the journal; None where nothing is written down.
     """
 
     device: int | None
     host: int
     files: int | None
     held: int = 0
+    disk: int | None = None
 
 
-def budget(dense: PyTree, theta: PyTree, opt_state: PyTree, step: int) -> Budget:
-    """From shapes alone.
+def budget(
+    dense: PyTree, theta: PyTree, opt_state: PyTree, step: int, reservoir: bool = True
+) -> Budget:
+    """From shapes alone; of one device and one process, if these are what they hold.
 
     Args:
       dense: shapes of the dense parameters.
       theta, opt_state: from `tk.shapes`.
-      step: bytes of the compiled step.
+      step: bytes of the compiled step; 0: not known.
+      reservoir: whether theta is kept.
     """
     forward = tk.masks(opt_state).forward
     places = jax.tree.leaves(forward)
@@ -79,15 +87,16 @@ def budget(dense: PyTree, theta: PyTree, opt_state: PyTree, step: int) -> Budget
         )
         if index is not None
     ]
-    largest = max(whole.size for whole, _ in sparse)
+    largest = max(whole.size for whole, _ in sparse) if reservoir else 0
     slot = 4 * max(kept.size for _, kept in sparse)
+    whole = size_of([whole for whole, _ in sparse]) if reservoir else 0
     return Budget(
         parameters,
         positions,
         moments,
         step,
         2 * (parameters + positions) + 3 * moments + 4 * slot,
-        size_of([whole for whole, _ in sparse]),
+        whole,
         3 * parameters + 36 * sum(x.size for x in places) + 5 * 4 * largest,
     )
 
@@ -97,22 +106,41 @@ def size_of(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def room(files: str | None) -> Room:
-    """What this machine has; `files` is the folder of a mapped theta."""
-    stats = jax.devices()[0].memory_stats() or {}
+def room(files: str | None, journal: str | None = None) -> Room:
+    """What this machine has.
+
+    Args:
+      files: folder of a mapped theta; what lies there will be replaced.
+      journal: folder in which theta is written down.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
     device = None if jax.default_backend() == "cpu" else stats.get("bytes_limit")
-    free = None
-    if files is not None:
-        folder = pathlib.Path(files).absolute()
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-    return Room(device, _host(), free, _held())
+    return Room(device, _host(), _disk(files), _held(), _disk(journal))
 
 
-def require(need: Budget, there: Room) -> None:
+def _disk(folder: str | None) -> int | None:
+    """Free space where a folder is or will be, with what its files hold."""
+    if folder is None:
+        return None
+    path = pathlib.Path(folder).absolute()
+    held = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free + held
+
+
+ADVICE = (
+    "make the model smaller or the network sparser, or choose a method without theta"
+)
+
+
+def require(need: Budget, there: Room, advice: str = ADVICE) -> None:
     """Checks a budget.
 
+    Args:
+      need: from `budget`.
+      there: from `room`.
+      advice: what to do where something does not fit.
     Raises:
       ValueError: something does not fit; it is named, with what is there.
     """
@@ -122,12 +150,13 @@ def require(need: Budget, there: Room) -> None:
         checks[0] = ("memory, device and host in one", host + need.device, there.host)
     else:
         checks.append(("device memory", need.device, there.device))
+    mapped = need.theta if there.files is not None else 0
+    checks.append(("disk", need.disk + mapped, there.disk))
     for name, needed, found in checks:
         if found is not None and needed > found:
             raise ValueError(
-                f"{name}: {gib(needed)} GiB are needed, and {gib(found)} GiB are there; "
-                "take fewer layers, a larger sparsity, --theta=bfloat16, or map theta "
-                "into files with --reservoir=FOLDER"
+                f"{name}: {size(needed)} are needed, and {size(found)} are there; "
+                f"{advice}"
             )
 
 
@@ -141,22 +170,25 @@ def table(need: Budget, there: Room) -> str:
         ("device: in a step, at most", need.step, there.device),
         ("device: in a refresh, at most", need.refresh, there.device),
         ("host: theta", need.theta, there.host if there.files is None else there.files),
-        ("host: in a refresh, beside it", need.work, None),
+        ("host: in a refresh, beside it", need.work, there.host),
         ("host: held by the process already", there.held, None),
+        ("disk: journal, at most", need.disk, there.disk),
     ]
     told = [
-        f"  {name:<34}{gib(needed):>9} GiB"
-        + ("" if found is None else f"   of {gib(found)}")
+        f"  {name:<34}{size(needed):>13}"
+        + ("" if found is None else f"   of {size(found)}")
         for name, needed, found in lines
+        if needed  # what is not known, or not there, has no line
     ]
     if same:
         told.append("  the device is the host: one memory for both")
     return "\n".join(told)
 
 
-def gib(number: float) -> str:
-    """As it is printed."""
-    return f"{number / 2**30:.2f}"
+def size(number: float) -> str:
+    """Bytes as they are printed."""
+    unit, of = ("GiB", 2**30) if number >= 2**30 else ("MiB", 2**20)
+    return f"{number / of:,.2f} {unit}"
 
 
 def _host() -> int:
