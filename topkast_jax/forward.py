@@ -145,7 +145,9 @@ def dense_masks(opt_state: PyTree) -> Masks:
     found = opt_state if isinstance(opt_state, Masks) else _trees.masks(opt_state)
 
     def marks(index: Index, some: Array) -> Array:
-        return scatter(jnp.broadcast_to(some, index.stored), index)
+        # Marks made from the index, so that they are sharded like it.
+        there = index.index.reshape(*index.index.shape, *(1 for _ in index.grid.unit))
+        return scatter(jnp.broadcast_to(some & (there >= 0), index.stored), index)
 
     def forward(mask: Any) -> Any:
         return marks(mask, mask.in_forward) if isinstance(mask, Index) else mask

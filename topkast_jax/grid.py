@@ -191,6 +191,9 @@ class Grid:
         if self.plain:
             return x.reshape(slices, self.count)
         high, wide = self.structure.block
+        # One axis at a time: a mesh with explicit axes knows no more.
+        x = x.reshape(slices, inputs, outputs)
+        x = x.reshape(slices, inputs // high, high, outputs)
         x = x.reshape(slices, inputs // high, high, outputs // wide, wide)
         return x.transpose(0, 1, 3, 2, 4).reshape(slices, self.count, *self.unit)
 
@@ -201,6 +204,8 @@ class Grid:
             high, wide = self.structure.block
             x = x.reshape(slices, inputs // high, outputs // wide, high, wide)
             x = x.transpose(0, 1, 3, 2, 4)
+            x = x.reshape(slices, inputs, outputs // wide, wide)
+            x = x.reshape(slices, inputs, outputs)
         order, (shape, _) = self._order, self.split
         x = x.reshape([shape[a] for a in order])
         return x.transpose([order.index(a) for a in range(len(order))]).reshape(

@@ -203,8 +203,48 @@ def masked_update(kind: AxisType) -> int:
     return moved_bytes(lowered.compile().as_text())
 
 
+def by_types(layout: str) -> dict[str, bool]:
+    """Whether what dense arrays are made of is the same on a mesh of explicit axes."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    tx = transformation(layout, "top_kast", 0.875, 0.75)
+    theta, state, _ = tk.start(tx, parameters())
+    spread = jax.tree.map(
+        lambda x: NamedSharding(mesh, P(None, "fsdp") if x.ndim > 1 else P()),
+        parameters(),
+    )
+    placed = jax.tree.map(jax.device_put, parameters(), spread)
+    there, of_there, _ = tk.start(tx, placed, shardings=spread)
+
+    def alpha(theta: Any, state: Any) -> Any:
+        return tk.sparsify(theta, tk.masks(state), expanded=True)
+
+    def gradient(theta: Any, state: Any) -> Any:
+        def total(theta: Any) -> Any:
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(alpha(theta, state)))
+
+        return jax.grad(total)(theta)
+
+    found = {}
+    for name, make in {
+        "masks": lambda theta, state: tk.dense_masks(state)[:2],
+        "export": tk.export,
+        "alpha": alpha,
+        "gradient": gradient,
+    }.items():
+        wanted = jax.jit(make)(theta, state)
+        with jax.set_mesh(mesh):
+            got = wait(jit(make)(there, of_there))
+        found[name] = all(
+            np.array_equal(x, y)
+            for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True)
+        )
+    return found
+
+
 def run(full: bool) -> None:
     """Some layouts and places, or all of them with two methods."""
+    for layout in "packed", "block":
+        report(f"explicit/{layout}", by_types(layout))
     for kind in AxisType.Auto, AxisType.Explicit:
         report(f"masked/{kind.name}", masked_update(kind))
     cells = [
