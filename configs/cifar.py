@@ -23,7 +23,6 @@ Published for GSE at 98 % on CIFAR-100, 200 epochs: ResNet-56 54.3, VGG-16 40.8,
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from configs import common, sparse
 
@@ -64,12 +63,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.begin(f"{args['dataset']}-{size}-{chosen.suffix}", anchor(whole))
 
     config.task = "classification"
-    config.data = dict(
-        dataset=args["dataset"],
-        data_dir=placeholder(str),
-        held_out=0,  # training images for "validation"; 0: it is what papers report on
-        side=32,
-    )
+    config.data = common.pictures(args["dataset"], side=32, threads=0)
     config.batch_size = 8 if smoke else 64 if small else 128
     config.label_smoothing = 0.0
     config.model = SMOKE if smoke else TINY if small else MODELS[args["size"]]

@@ -79,6 +79,24 @@ def begin(name: str, steps: int) -> ml_collections.ConfigDict:
     return config
 
 
+def pictures(dataset: str, *, side: int, threads: int) -> dict[str, Any]:
+    """What a config says of its images, `config.data`.
+
+    Args:
+      dataset: as experiments.prepare names it.
+      side: of an image, in pixels.
+      threads: the default of the key of that name.
+    """
+    return dict(
+        dataset=dataset,
+        data_dir=placeholder(str),  # of TFDS; None: its default
+        held_out=0,  # training images for "validation"; 0: it is what papers report on
+        side=side,
+        threads=threads,  # that make batches ahead of time, in each process
+        workers=0,  # processes that make batches; 0: this one does
+    )
+
+
 def rhythm(
     config: ml_collections.ConfigDict,
     *,

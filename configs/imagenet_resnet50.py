@@ -25,7 +25,6 @@ a pod.
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from configs import common, sparse
 
@@ -56,12 +55,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.begin(f"resnet{args['size']}-{chosen.suffix}", anchor(32_000))
 
     config.task = "classification"
-    config.data = dict(
-        dataset="imagenet2012",
-        data_dir=placeholder(str),
-        held_out=0,  # training images for "validation"; 0: it is what papers report on
-        side=32 if smoke else 64 if small else 224,  # pixels of an image
-    )
+    side = 32 if smoke else 64 if small else 224
+    config.data = common.pictures("imagenet2012", side=side, threads=16)
     config.batch_size = 4 if smoke else 16 if small else 4096
     config.label_smoothing = 0.1
     config.model = dict(

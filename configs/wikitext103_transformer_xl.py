@@ -6,13 +6,22 @@ a cosine to zero, adaptive embedding and softmax of 267,735 words.
 
     python -m experiments.prepare --dataset=wikitext103 --manual_dir=DOWNLOADS
     python -m experiments.train --config=configs/wikitext103_transformer_xl.py \
-        --workdir=gs://BUCKET/wikitext103 --config.mesh=data:8
+        --workdir=gs://BUCKET/wikitext103 --config.mesh=data:2
+    python -m experiments.train --workdir=gs://BUCKET/large \
+        --config=configs/wikitext103_transformer_xl.py:size=large --config.mesh=data:8
 
     :method=rigl,forward=0.95        see configs/sparse.py
-    :size=large                      257M parameters; standard: 151M
+    :size=large                      285M parameters; standard: 151M
     :multiplier=2                    twice the steps, with every anchor of schedules
     :tiny                            a small one, trained on the test text, two CPU cores
     :smoke                           a few steps on that text, for tests
+
+A mesh must divide the rows of training and of evaluation: 60 and 10 (standard), 128 and 8
+(large). --config.batch_size and --config.evaluation.rows change them.
+
+The large network of the authors' script has 285,205,322 parameters, with embeddings,
+projections and biases (tests/golden/test_parameter_counts.py adds them up), where their
+paper says 257M, and not what it counts.
 
 Published dense perplexities: 24.0 (standard), 18.3 (large). `:tiny` and `:smoke` train
 on the benchmark's test split and evaluate on its validation split, with the words of both

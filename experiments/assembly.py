@@ -176,6 +176,7 @@ def assemble(cfg: Watched, devices: Sequence[Any] | None = None) -> Assembly:
     """
     mesh = meshes.make(cfg.mesh, devices)
     task = tasks.make(cfg)
+    meshes.require_rows(mesh, cfg.batch_size, task.held_out_rows)
     rate = optimizer.learning_rate(cfg.learning_rate, cfg.steps)
     keys = jax.random.split(jax.random.key(cfg.seed))
     dense_tx = optimizer.inner(cfg.optimizer, rate, _penalized(cfg, task, rate))

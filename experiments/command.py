@@ -50,10 +50,13 @@ def run(main: Callable[[list[str]], int], *, positional: bool = False) -> NoRetu
 
 @contextlib.contextmanager
 def checking() -> Iterator[None]:
-    """Within it, what the user can put right becomes a `BadInput`: values and files."""
+    """Within it, what the user can put right becomes a `BadInput`.
+
+    That is values, files, and packages that a path asks for, as gs:// does.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise BadInput(str(error)) from error
 
 

@@ -15,16 +15,17 @@ which column, and `seed` what is averaged over.
 
 import difflib
 import json
-import pathlib
+import os
 import re
 import runpy
 import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from etils import epath
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from experiments import log
+from experiments import log, paths
 from experiments.config import as_json, flatten
 
 FIELDS = frozenset(["name", "config", "overrides", "labels"])
@@ -42,7 +43,7 @@ class Job(NamedTuple):
       config: file, or file:arguments.
       overrides: `{"dotted.key": value}` of the config.
       labels: `{"what": "which"}`, for the table.
-      folder: of the run.
+      folder: of the run; it may lie in a bucket.
       steps: its length.
       kept: what it ended with, where a file of results says so.
     """
@@ -51,7 +52,7 @@ class Job(NamedTuple):
     config: str
     overrides: dict[str, Any]
     labels: dict[str, str]
-    folder: pathlib.Path
+    folder: epath.Path
     steps: int
     kept: dict[str, Any] | None = None
 
@@ -91,9 +92,12 @@ class Job(NamedTuple):
         return {k: v for k, v in rows[-1].items() if k not in ("kind", "step")} | costs
 
 
-def load(path: str, workdir: pathlib.Path) -> list[Job]:
+def load(path: str, workdir: str | os.PathLike[str]) -> list[Job]:
     """The jobs of a sweep file, in order; their configs are loaded as train does.
 
+    Args:
+      path: of the file.
+      workdir: of the sweep, with the folders of the jobs; may lie in a bucket.
     Raises:
       ValueError: a job that cannot be run as it stands, named; or a folder that holds a
         finished run of other settings.
@@ -102,9 +106,10 @@ def load(path: str, workdir: pathlib.Path) -> list[Job]:
     get_sweep = runpy.run_path(path).get("get_sweep")
     if get_sweep is None:
         raise ValueError(f"{path} has no get_sweep()")
+    folder = paths.folder(workdir)
     jobs: dict[str, Job] = {}
     for number, given in enumerate(get_sweep()):
-        job = _read(f"{path}: job {number}", given, workdir)
+        job = _read(f"{path}: job {number}", given, folder)
         if job.name in jobs:
             raise ValueError(f"{path}: two jobs have the name {job.name!r}")
         jobs[job.name] = job
@@ -131,7 +136,7 @@ def _require_labels(path: str, jobs: list[Job]) -> None:
         taken[place] = job.name
 
 
-def _read(where: str, given: Mapping[str, Any], workdir: pathlib.Path) -> Job:
+def _read(where: str, given: Mapping[str, Any], workdir: epath.Path) -> Job:
     if set(given) != FIELDS:
         raise ValueError(
             f"{where} has {', '.join(given) or 'nothing'}; a job has "

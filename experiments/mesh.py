@@ -5,6 +5,7 @@ name them, so one list of rules serves every mesh. The batch is cut over both; `
 also cuts parameters, and the optimizer state follows its parameters.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,33 @@ def describe(mesh: Mesh) -> str:
     sizes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return f"{sizes} on {mesh.size} of {jax.device_count()} {kind} devices"
+
+
+def require_rows(mesh: Mesh, training: int, held_out: int | None = None) -> None:
+    """Finds batches that do not split over all devices before there is one.
+
+    Args:
+      mesh: from `make`.
+      training: rows of a batch, `config.batch_size`.
+      held_out: rows of a batch of an evaluation, `config.evaluation.rows`; None: as in
+        training.
+    Raises:
+      ValueError: some do not; it says how many devices divide all of them.
+    """
+    rows = {"batch_size": training}
+    if held_out is not None:
+        rows["evaluation.rows"] = held_out
+    uneven = [f"{key}={count}" for key, count in rows.items() if count % mesh.size]
+    if not uneven:
+        return
+    common = math.gcd(*rows.values())
+    most = max(n for n in range(1, mesh.size) if common % n == 0)
+    sizes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
+    raise ValueError(
+        f"mesh={sizes!r} does not divide the batch: {' and '.join(uneven)} rows do not "
+        f"split over {mesh.size} devices; of fewer devices {most} "
+        f"{'does' if most == 1 else 'do'}, else change the rows"
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,6 +5,7 @@ no appending, and no files that are mapped into memory.
 """
 
 import os
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -18,6 +19,21 @@ def folder(path: str | os.PathLike[str]) -> epath.Path:
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path names an object in a store, as in gs://bucket/run."""
     return "://" in os.fspath(path)
+
+
+def local(path: str | os.PathLike[str], name: str, why: str) -> pathlib.Path:
+    """A path on this machine.
+
+    Args:
+      path: as the user gave it.
+      name: of the flag that it was given as.
+      why: it cannot lie in a bucket, and what to do; the end of a sentence.
+    Raises:
+      ValueError: it names an object in a store.
+    """
+    if is_remote(path):
+        raise ValueError(f"{name}={os.fspath(path)}: {why}")
+    return pathlib.Path(path)
 
 
 def whole(path: epath.Path) -> epath.Path:

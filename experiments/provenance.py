@@ -28,6 +28,8 @@ MAY_CHANGE = frozenset(
         "name",
         "data_dir",
         "data.data_dir",
+        "data.threads",
+        "data.workers",
         "compilation_cache",
         "profile",
         "log_every",

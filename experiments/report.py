@@ -14,30 +14,29 @@ Exit codes: 0 the page is written; 2 bad input, said in one line.
 """
 
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
+from etils import epath
 
-from experiments import command, log
+from experiments import command, log, paths
 from experiments.reports import changes, costs, groups, runs, tables
 from experiments.reports.page import page
 from experiments.table import markdown
 
 
-def report(paths: Sequence[str], out: str, metric: str | None = None) -> pathlib.Path:
+def report(given: Sequence[str], out: str, metric: str | None = None) -> epath.Path:
     """Writes the page, the pictures and the table; returns the path of the page.
 
     Args:
-      paths: folders of runs, or of folders of runs.
+      given: folders of runs, or of folders of runs; they may lie in a bucket.
       out: folder to write to; made where it is missing.
       metric: to compare by; None chooses.
     Raises:
       ValueError: no finished run, or no such metric.
       OSError: a folder that cannot be written.
     """
-    read, left_out = _read(runs.find(paths))
+    read, left_out = _read(runs.find(given))
     metric = groups.choose_metric(read, metric)
     kept = []
     for run in read:
@@ -60,7 +59,7 @@ def report(paths: Sequence[str], out: str, metric: str | None = None) -> pathlib
     )
     counts = f"{_counted(len(found), 'group')}, {_counted(len(kept), 'run')}"
     title = f"{costs.words(metric)} of {counts}"
-    folder = pathlib.Path(out)
+    folder = paths.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in (*of_costs, *on_the_way):
         if picture.png is not None:
@@ -89,7 +88,7 @@ def report(paths: Sequence[str], out: str, metric: str | None = None) -> pathlib
 
 
 def _read(
-    folders: Sequence[pathlib.Path],
+    folders: Sequence[epath.Path],
 ) -> tuple[list[runs.Run], dict[str, str]]:
     read, left_out = [], {}
     for folder in folders:
@@ -149,11 +148,11 @@ def _notes(found: Sequence[groups.Group]) -> list[str]:
     return notes
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def _write(path: epath.Path, data: bytes) -> None:
     """At once: a reader never sees half of it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(data)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def main(argv: list[str]) -> int:

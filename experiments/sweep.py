@@ -10,7 +10,9 @@ may run one sweep: a job belongs to the one that holds its lock.
 Jobs share a cache of compiled programs, workdir/.cache, unless JAX_COMPILATION_CACHE_DIR
 names another: seeds of one config are compiled once.
 
-    ... --print_commands     prints one command a job, for a cluster's launcher
+    ... --print_commands     prints one command a job, for a cluster's launcher; with
+                             --workdir=gs://bucket/sweep, or to print its --table, jobs
+                             may lie in a bucket
     ... --table              prints the results so far in Markdown, means over seeds
     ... --results=FILE       keeps what jobs ended with in a file, and takes from it what
                              is there: a sweep goes on on another machine
@@ -35,7 +37,7 @@ from typing import IO, Any
 
 from absl import flags
 
-from experiments import command, log, results
+from experiments import command, log, paths, results
 from experiments.jobs import SETTINGS, Job, load
 from experiments.table import table
 
@@ -43,6 +45,15 @@ FAILED = 1
 PROGRAM = (sys.executable, "-m", "experiments.train")
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 OUTPUT = "log.txt"
+# What object stores cannot do, and what to do about it.
+UNLOCKED = (
+    "processes that write it wait for each other by a lock of its folder, and a bucket "
+    "has none; name a file of this machine, and copy it"
+)
+UNLOCKED_JOBS = (
+    "jobs that run here are locked and append to their log.txt, and a bucket can do "
+    "neither; name a folder of this machine, or run what --print_commands prints"
+)
 
 
 class Child:
@@ -67,7 +78,7 @@ class Child:
         """Trains; returns the exit code."""
         told = job.settings() | {"labels": job.labels}
         (job.folder / SETTINGS).write_text(json.dumps(told, indent=1) + "\n")
-        with (job.folder / OUTPUT).open("ab") as output:
+        with pathlib.Path(job.folder, OUTPUT).open("ab") as output:
             self._process = subprocess.Popen(
                 [*PROGRAM, *job.arguments()],
                 stdin=subprocess.DEVNULL,
@@ -89,13 +100,14 @@ class Child:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[IO[str] | None]:
+def locked(folder: os.PathLike[str]) -> Iterator[IO[str] | None]:
     """A lock on a job's folder, or None if another process has it.
 
     The system frees it when the last process that holds it ends, however it ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,7 +168,7 @@ def _words(result: dict[str, Any]) -> str:
 
 
 def _last_line(job: Job) -> str:
-    path = job.folder / OUTPUT
+    path = pathlib.Path(job.folder, OUTPUT)
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     said = [line.strip() for line in lines if line.strip()]
     return f"{said[-1] if said else 'it said nothing'} ({path})"
@@ -168,11 +180,15 @@ def main(argv: list[str]) -> int:
     path = flags.FLAGS.sweep
     if path is None:
         raise command.BadInput("--sweep is missing, as in configs/sweeps/patterns.py")
-    default = pathlib.Path("runs") / pathlib.Path(path).stem
-    workdir = pathlib.Path(flags.FLAGS.workdir or default)
+    workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(path).stem}"
+    reads_only = flags.FLAGS.table or flags.FLAGS.print_commands
     with command.checking():
+        keep = flags.FLAGS.results and paths.local(
+            flags.FLAGS.results, "--results", UNLOCKED
+        )
+        if not reads_only:
+            paths.local(workdir, "--workdir", UNLOCKED_JOBS)
         jobs = load(path, workdir)
-        keep = flags.FLAGS.results and pathlib.Path(flags.FLAGS.results)
         if keep:
             jobs = results.known(jobs, results.read(keep))
             results.write(keep, jobs)
@@ -183,7 +199,7 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             print(job.command())
         return 0
-    return run(jobs, workdir / ".cache", keep)
+    return run(jobs, pathlib.Path(workdir, ".cache"), keep)
 
 
 if __name__ == "__main__":

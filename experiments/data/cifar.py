@@ -67,6 +67,8 @@ def batches(
     held_out: int = 0,
     normalised: bool = True,
     shard: Shard = WHOLE,
+    threads: int = 0,
+    workers: int = 0,
 ) -> grain.IterDataset:
     """Batches of images [B, 32, 32, 3] with labels and weights, see `images`.
 
@@ -85,6 +87,8 @@ def batches(
       held_out: how many training images are for validation.
       normalised: float32 by the statistics of GSE, or uint8 as decoded.
       shard: see `images.batches`.
+      threads: as there; cutting batches out of memory is quick without.
+      workers: as there; each gets all images.
     Raises:
       ValueError: not prepared, no such split, or a number out of range.
     """
@@ -102,7 +106,16 @@ def batches(
             cut = images.normalise(cut, STATISTICS[dataset])
         return cut, decoded.labels[indices]
 
-    return images.batches(read, len(span), rows=rows, seed=seed, loop=loop, shard=shard)
+    return images.batches(
+        read,
+        len(span),
+        rows=rows,
+        seed=seed,
+        loop=loop,
+        shard=shard,
+        threads=threads,
+        workers=workers,
+    )
 
 
 def crop(

@@ -7,6 +7,7 @@ and before. Prepared by TFDS as array_record, without TensorFlow.
 its figures do not compare with any published for enwik8.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -136,27 +137,24 @@ def check(path: pathlib.Path, text: Text) -> None:
     if path.suffix != ".zip" and text.checked == known.size:
         files.check(path, known)
         return
-    with _opened(path) as file:
+    zipped = path.suffix == ".zip"
+    guard = files.unzipping(path) if zipped else contextlib.nullcontext()
+    with guard, _opened(path) as file:
         size = file.seek(0, 2)
-        if size != known.size:
-            raise ValueError(
-                f"{path} holds {size:,} bytes of text, expected {known.size:,}: it is "
-                "cut off or another file; get it again"
-            )
         file.seek(0)
         found = files.digest_of(file, known.algorithm, text.checked)
+    if size != known.size:
+        raise ValueError(
+            f"{path} holds {size:,} bytes of text, expected {known.size:,}: it is cut "
+            "off or another file; get it again"
+        )
     files.require_digest(path, found, known)
 
 
 def _opened(path: pathlib.Path) -> BinaryIO:
     if path.suffix != ".zip":
         return path.open("rb")
-    try:
-        return zipfile.ZipFile(path).open("enwik8")  # type: ignore[return-value]
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(
-            f"{path} is cut off, or no archive of enwik8 ({error}); get it again"
-        ) from error
+    return zipfile.ZipFile(path).open("enwik8")  # type: ignore[return-value]
 
 
 def prepare(

@@ -1,6 +1,7 @@
 """Files that a user puts in place: found, whole, and the right ones, or an error."""
 
 import contextlib
+import errno
 import hashlib
 import pathlib
 from collections.abc import Iterator
@@ -77,14 +78,36 @@ def blocks(file: BinaryIO, total: int, size: int = BLOCK) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
+def unzipping(path: pathlib.Path) -> Iterator[None]:
+    """Within it a zip archive is read, and nothing else is done.
+
+    Raises:
+      ValueError: it is cut off or damaged.
+      OSError: the disk says so.
+    """
+    try:
+        yield
+    except Exception as error:  # one changed byte leads zipfile to eight kinds of them
+        # A place before the file's begin, and what bz2 says, are no failure of the disk.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        why = error.args[0] if error.args else type(error).__name__
+        raise ValueError(
+            f"{path} is cut off or damaged ({why}); get it again"
+        ) from error
+
+
+@contextlib.contextmanager
 def discarded_if_wrong(path: pathlib.Path) -> Iterator[None]:
     """Removes a downloaded file that a check within refuses: TFDS would keep it."""
     try:
         yield
-    except ValueError:
+    except ValueError as error:
         path.unlink()
         path.with_name(f"{path.name}.INFO").unlink(missing_ok=True)  # TFDS' notes
-        raise
+        raise ValueError(
+            f"{error}: it is thrown away, and the same command downloads it anew"
+        ) from error
 
 
 def first_of(folder: str, names: tuple[str, ...], source: str) -> pathlib.Path:

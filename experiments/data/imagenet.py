@@ -71,13 +71,13 @@ def batches(
       normalised: float32 by the usual statistics, or uint8.
       side: of the images, in pixels.
       shard: see `images.batches`.
-      threads: of this process (of each worker, where there are any); each makes a batch.
-      workers: processes that make batches in turns: where one process is not enough.
+      threads: see `images.batches`.
+      workers: see `images.batches`: where one process is not enough.
     Raises:
       ValueError: not prepared, no such split, or a number out of range.
     """
-    if threads < 1 or side < 1:
-        raise ValueError(f"threads ({threads}) and side ({side}) must be at least 1")
+    if side < 1:
+        raise ValueError(f"side ({side}) must be at least 1")
     builder = _opened(data_dir)
     sizes = builders.sizes(builder, NAME)
     stored, span = images.part(split, sizes, held_out, reported="validation")
@@ -92,7 +92,7 @@ def batches(
         seed=seed,
         loop=loop,
         shard=shard,
-        options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
+        threads=threads,
         workers=workers,
     )
 

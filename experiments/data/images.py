@@ -9,7 +9,8 @@ Every batch is a dict of
 
 The n-th row that is ever drawn is a function of (seed, n): which image, by Grain's
 shuffle of its epoch, and how it is augmented. So batch i is a function of i, whatever the
-number of threads and processes that make it, and the state of an iterator is i.
+number of threads and processes that make it, and the state of an iterator is i: a run
+that goes on may have another number of them.
 """
 
 import sys
@@ -20,9 +21,9 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from experiments.data.shard import WHOLE, Shard
+from experiments.data.workers import InProcesses
 
 Batch = dict[str, np.ndarray]
-IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class Read(Protocol):
@@ -70,7 +71,7 @@ def batches(
     seed: int,
     loop: bool,
     shard: Shard = WHOLE,
-    options: grain.ReadOptions = IN_MEMORY,
+    threads: int = 0,
     workers: int = 0,
 ) -> grain.IterDataset:
     """Batches of a data set; see the top of this file.
@@ -89,7 +90,8 @@ def batches(
       loop: endless or one pass.
       shard: the rows to make, where several processes make a batch together; the
         batches have these rows alone, B / shard.count.
-      options: threads of this process that read, and batches that may lie ready.
+      threads: that make a batch each, ahead of time, in this process or in each of the
+        workers; 0: a batch is made when it is asked for.
       workers: processes that make batches in turns, 0 for none; `read` travels to them.
     Returns:
       A dataset whose iterators have `get_state` and `set_state`.
@@ -98,13 +100,17 @@ def batches(
     """
     if size < 1:
         raise ValueError("there are no images")
-    if seed < 0 or workers < 0:
-        raise ValueError(f"seed ({seed}) and workers ({workers}) must be at least 0")
+    if min(seed, threads, workers) < 0:
+        raise ValueError(
+            f"seed ({seed}), threads ({threads}) and workers ({workers}) must be at "
+            "least 0"
+        )
     source = _Batches(read, size, rows, shard, order(size, seed) if loop else None)
-    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
-    if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers))
-    return dataset
+    batches = grain.MapDataset.source(source)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    if not workers:
+        return batches.to_iter_dataset(options)
+    return InProcesses(batches, options, workers)
 
 
 def order(size: int, seed: int) -> grain.MapDataset:

@@ -3,11 +3,12 @@
 import datetime
 import json
 import math
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import log
+from etils import epath
+
+from experiments import log, paths
 from experiments.checkpoint import Checkpoints
 from experiments.jobs import SETTINGS
 
@@ -55,7 +56,7 @@ class Run(NamedTuple):
       origin: see `Origin`.
     """
 
-    folder: pathlib.Path
+    folder: epath.Path
     config: dict[str, Any]
     labels: dict[str, str]
     rows: list[log.Row]
@@ -84,15 +85,17 @@ class Run(NamedTuple):
         return [row for row in self.rows if row["kind"] == kind]
 
 
-def find(paths: Iterable[str]) -> list[pathlib.Path]:
+def find(folders: Iterable[str]) -> list[epath.Path]:
     """Folders of runs, each once: those given, and those in folders that are given.
 
+    Args:
+      folders: of this machine, or in a bucket.
     Raises:
       ValueError: no such folder, or nothing in it that looks like a run.
     """
-    found: dict[pathlib.Path, None] = {}
-    for given in paths:
-        path = pathlib.Path(given)
+    found: dict[epath.Path, None] = {}
+    for given in folders:
+        path = paths.folder(given)
         if not path.is_dir():
             raise ValueError(f"{given} is no folder")
         here = (
@@ -106,12 +109,12 @@ def find(paths: Iterable[str]) -> list[pathlib.Path]:
     return list(found)
 
 
-def _is_run(path: pathlib.Path) -> bool:
+def _is_run(path: epath.Path) -> bool:
     """Also one that has not begun, so that it can be named."""
     return any((path / name).exists() for name in (log.ROWS, SETTINGS, CHECKPOINTS))
 
 
-def read(folder: pathlib.Path) -> Run:
+def read(folder: epath.Path) -> Run:
     """A finished run.
 
     Raises:
@@ -126,7 +129,7 @@ def read(folder: pathlib.Path) -> Run:
         raise Unusable(f"damaged: {said}") from error
 
 
-def _read(folder: pathlib.Path) -> Run:
+def _read(folder: epath.Path) -> Run:
     meta, rows = Checkpoints(folder).newest(), log.read(folder)
     if meta is None:
         at = f"step {rows[-1]['step']}" if rows else "the start"
@@ -193,13 +196,13 @@ def _zeros(sizes: Mapping[str, int], sparsity: Mapping[str, float]) -> int:
     return sum(round(share * sizes[path]) for path, share in sparsity.items())
 
 
-def _labels(folder: pathlib.Path) -> dict[str, str]:
+def _labels(folder: epath.Path) -> dict[str, str]:
     path = folder / SETTINGS
     labels = json.loads(path.read_text()).get("labels", {}) if path.exists() else {}
     return {key: str(value) for key, value in labels.items() if key != "seed"}
 
 
-def _origin(folder: pathlib.Path, meta: Mapping[str, Any]) -> Origin:
+def _origin(folder: epath.Path, meta: Mapping[str, Any]) -> Origin:
     def known(value: Any) -> str:
         return "-" if value is None else str(value)
 

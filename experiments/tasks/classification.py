@@ -73,6 +73,22 @@ def dataset(config: Config) -> Dataset:
     raise ValueError(f"config.data.dataset is {name!r}; possible are {known}")
 
 
+def loaders(config: Config) -> dict[str, int]:
+    """What makes batches: `config.data.threads` and `config.data.workers`, if given.
+
+    Raises:
+      ValueError: one is no number of threads, or of processes.
+    """
+    names = ("threads", "workers")
+    found = {name: config.data[name] for name in names if name in config.data}
+    for name, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(
+                f"config.data.{name} is {value!r}; it must be an integer from 0 on"
+            )
+    return found
+
+
 def classification(config: Config) -> Task:
     """Images to classes: cross entropy in nats, accuracy (top-1), top-5 from 100 classes.
 
@@ -81,9 +97,10 @@ def classification(config: Config) -> Task:
 
     Args:
       config: `batch_size`; `data` with `dataset`, `data_dir` (None: the default of
-        TFDS), `side` of an image in pixels, and `held_out`, training images kept for
-        "validation" (0: "validation" is what papers report on); `label_smoothing`; `model` with `name`, of `MODELS`, and
-        the fields of that module.
+        TFDS), `side` of an image in pixels, `held_out`, training images kept for
+        "validation" (0: "validation" is what papers report on), and `threads` and
+        `workers` that make batches (`images.batches`); `label_smoothing`; `model` with
+        `name`, of `MODELS`, and the fields of that module.
     Raises:
       ValueError: a setting that makes no sense; it is named.
     """
@@ -101,6 +118,7 @@ def classification(config: Config) -> Task:
     if not 0 <= smoothing < 1:
         raise ValueError(f"config.label_smoothing is {smoothing}; it must be in [0, 1)")
     source, held_out = config.data.data_dir, config.data.held_out
+    made_by = loaders(config)
     apply = tk.flax.apply(model)
 
     def images_of(rows: int) -> jax.ShapeDtypeStruct:
@@ -170,6 +188,7 @@ def classification(config: Config) -> Task:
             held_out=held_out,
             shard=shard,
             normalised=False,  # a quarter of the bytes on the way to a device
+            **made_by,
         )
 
     def routes(alpha: Params) -> dict[str, str]:

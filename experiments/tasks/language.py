@@ -247,4 +247,5 @@ def language_model(config: Config) -> Task:
             "weights": tokens.update(dtype=jnp.float32),
             "start": jax.ShapeDtypeStruct((rows,), jnp.bool_),
         },
+        held_out_rows=held_out.rows,
     )

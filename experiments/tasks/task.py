@@ -47,6 +47,7 @@ class Task(NamedTuple):
         is not so.
       report: means of the metrics over a split -> what is told of it.
       batch: ShapeDtypeStructs of a training batch; None: only the data say.
+      held_out_rows: of a batch of an evaluation; None: as in training.
     """
 
     init: Callable[[jax.Array], tuple[Params, Carry]]
@@ -62,3 +63,4 @@ class Task(NamedTuple):
     routes: Callable[[Params], dict[str, str]] | None = None
     report: Callable[[dict[str, float]], dict[str, float]] = dict
     batch: Mapping[str, jax.ShapeDtypeStruct] | None = None
+    held_out_rows: int | None = None

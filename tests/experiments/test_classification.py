@@ -8,19 +8,22 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import cifar as cifar_config
+from configs import imagenet_resnet50 as imagenet_config
 from experiments import tasks
-from experiments.data import cifar, images
+from experiments.data import cifar, imagenet, images
 from experiments.models.resnet_cifar import CifarResNet
 from experiments.tasks.shared import shared
 
 ROWS = 4
 MODEL = dict(name="resnet_cifar", depth=8, width=4)
+DATA = dict(dataset="cifar10", data_dir=None, held_out=0, side=32)
 
 
 def config(**changes: Any) -> ml_collections.ConfigDict:
     settings: dict[str, Any] = dict(
         task="classification",
-        data=dict(dataset="cifar10", data_dir=None, held_out=0, side=32),
+        data=DATA,
         batch_size=ROWS,
         label_smoothing=0.1,
         model=MODEL,
@@ -124,8 +127,38 @@ def test_hundreds_of_classes_have_a_top_5() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "side", "reader"),
+    [("cifar10", 32, cifar), ("imagenet2012", 64, imagenet)],
+)
+def test_who_makes_batches_is_said_in_the_config(
+    monkeypatch: pytest.MonkeyPatch, name: str, side: int, reader: Any
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(reader, "batches", lambda split, **how: asked.append(how))
+    data = dict(dataset=name, data_dir=None, held_out=0, side=side)
+    for more in ({}, {"threads": 3, "workers": 2}):
+        task = tasks.make(config(data=data | more))
+        for loop in (True, False):
+            task.batches("train", seed=0, loop=loop)
+            given = {
+                k: v for k, v in asked.pop().items() if k in ("threads", "workers")
+            }
+            assert given == more
+
+
+@pytest.mark.parametrize("module", [cifar_config, imagenet_config])
+def test_the_papers_configs_say_who_makes_batches(module: Any) -> None:
+    found = module.get_config("smoke").data
+    assert (found.threads, found.workers) == (16 if "net" in found.dataset else 0, 0)
+    assert not found.data_dir and found.held_out == 0
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        *((dict(data=DATA | {name: value}),
+           f"config.data.{name} is {value!r}; it must be an integer from 0 on")
+          for name in ("threads", "workers") for value in (-1, 1.5, "2", True)),
         (dict(model=dict(name="alexnet")), "config.model.name is 'alexnet'; possible are"),
         (dict(model=MODEL | dict(widht=3)), "config.model has unknown keys widht"),
         (dict(model=MODEL | dict(dtype="half")), "config.model.dtype is 'half'"),

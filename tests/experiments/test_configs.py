@@ -1,5 +1,6 @@
 """The papers' configs: arguments, anchors, and that their smallest forms train."""
 
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import stored
+from absl import flags
 from runs import ROOT, assert_same_run, rows
 
 from configs import cifar as cifar_config
@@ -88,16 +90,7 @@ def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
         k: (x.shape, x.dtype) for k, x in (task.batch or {}).items()
     }
 
-    program = pathlib.Path(__file__).with_name("killed_worker.py")
-    module = CONFIGS[name].__name__.removeprefix("configs.")
-    killed = subprocess.run(
-        [sys.executable, str(program), module, pictures, cache, str(parts)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    killed(name, pictures, cache, str(parts))
     train(config, parts)
     assert_same_run(whole, parts)
     step, found = evaluate.from_workdir(str(parts), "test")
@@ -105,6 +98,39 @@ def test_the_smallest_form_trains_is_killed_goes_on_and_is_evaluated(
     if name != "enwik8":  # there, and in "wikitext103", the split differs
         assert found.keys() == outcome.metrics.keys()
     assert any("churn" in row for row in rows(whole, "train"))  # a refresh was within
+
+
+def killed(name: str, *arguments: str) -> None:
+    """A run in a process of its own, which gets kill -9 in its last step."""
+    program = pathlib.Path(__file__).with_name("killed_worker.py")
+    module = CONFIGS[name].__name__.removeprefix("configs.")
+    done = subprocess.run(
+        [sys.executable, str(program), module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )  # returns when all are gone that hold its stderr
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_run_that_is_killed_and_it_goes_on_as_without_them(
+    pictures: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(flags.FLAGS.__dict__, "__flags_parsed", True)
+    config = cifar_config.get_config("smoke")
+    config.data.data_dir = pictures
+    cache = config.compilation_cache = str(tmp_path / "compiled")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, whole)
+    killed("cifar", pictures, cache, str(parts), "2")
+    config.data.workers = 2
+    train(config, parts)
+    assert_same_run(whole, parts)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,23 +4,28 @@ The data sets are small ones of the same format, written without TensorFlow; wha
 makes of the archives is in test_prepare.py.
 """
 
+import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import tarfile
 
 import grain
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import real
 import stored
 from absl import flags
 
-from experiments.data import cifar, imagenet, images
+from experiments.data import builders, cifar, imagenet, images
 from experiments.data.shard import Shard
 
 # One of two processes: the images of its share of 37 batches of 2, and of one pass.
@@ -302,6 +307,50 @@ def test_the_real_cifar10_begins_as_it_should():
     ]
 
 
+def test_the_real_cifar10_is_shuffled_as_tfds_does(tmp_path):
+    """Names and labels are the real ones; where an image goes is a matter of its number."""
+    labels = np.load(real.path("cifar10/cifar10_train_labels.npz"))["label"]
+    assert labels.size == 50_000 and (np.bincount(labels) == 5000).all()
+    image, data_dir = stored.png(numbered(0)), str(tmp_path)
+    examples = [
+        {"id": f"train_{number:05d}", "image": image, "label": int(label)}
+        for number, label in enumerate(labels)
+    ]
+    stored.store("cifar10", {"train": examples}, data_dir)
+    first = cifar.ids("train", 3, data_dir)
+    assert first == ["train_16399", "train_01680", "train_47917"]
+    source = builders.source(cifar._opened("cifar10", data_dir), "train", "cifar10")
+    found = [source[number]["label"] for number in range(3)]
+    assert found == labels[[16399, 1680, 47917]].tolist()
+
+
+def test_the_real_test_images_of_cifar10_are_the_published_ones(tmp_path):
+    packed = real.unpacked("cifar10/cifar10_test_images.npy.xz")
+    decode = runpy.run_path(str(real.path("medxz.py")))["decode"]
+    shots = decode(np.load(io.BytesIO(packed)))  # [10000, 32, 32, 3]
+    labels = np.load(real.path("cifar10/cifar10_test_labels.npz"))["label"]
+    records = stored.cifar_records(shots, labels)
+    assert hashlib.md5(records).hexdigest() == cifar.MEMBERS["test_batch.bin"]
+    some = range(0, 10_000, 100)
+    examples = [
+        {"id": f"test_{n:05d}", "image": stored.png(shots[n]), "label": int(labels[n])}
+        for n in some
+    ]
+    stored.store("cifar10", {"train": examples[:1], "test": examples}, str(tmp_path))
+    decoded = cifar.load("test", str(tmp_path))
+    ids = cifar.ids("test", len(some), str(tmp_path))
+    rows = [int(name.removeprefix("test_")) for name in ids]
+    assert sorted(rows) == list(some)
+    np.testing.assert_array_equal(decoded.images[:, 4:36, 4:36], shots[rows])
+    np.testing.assert_array_equal(decoded.labels, labels[rows])
+    # Those of GSE are of the training images; of test images they are nearly the same.
+    mean = shots.mean(axis=(0, 1, 2)) / 255
+    deviation = shots.std(axis=(0, 1, 2)) / 255
+    known = cifar.STATISTICS["cifar10"]
+    np.testing.assert_allclose(mean, known.mean, atol=0.005)
+    np.testing.assert_allclose(deviation, known.deviation, atol=0.005)
+
+
 # ImageNet
 
 
@@ -369,22 +418,61 @@ def test_imagenet_evaluation_drops_nothing(imagenet_dir):
     np.testing.assert_array_equal(joined(floats, "images"), expected)
 
 
-@pytest.mark.slow
-def test_worker_processes_give_the_same_batches(imagenet_dir, monkeypatch):
-    # Grain asks flags of absl about its workers, which a program has parsed.
+@pytest.fixture
+def parsed_flags(monkeypatch):
+    """Grain asks flags of absl about its workers, which a program has parsed."""
     monkeypatch.setitem(flags.FLAGS.__dict__, "__flags_parsed", True)
+
+
+def children():
+    """Ids of the worker processes of this one, all of whom Grain starts by spawning."""
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+def test_worker_processes_go_on_where_none_were(imagenet_dir, parsed_flags):
+    """And the other way: what is saved does not say who made the batches."""
+    before = children()
+    how = dict(side=32, threads=0)
+    alone = iter(imagenet_batches(imagenet_dir, **how))
+    batches = [next(alone), next(alone)]
+    together = iter(imagenet_batches(imagenet_dir, workers=2, **how))
+    assert together.get_state() == {"next_index": 0}
+    together.set_state(json.loads(json.dumps(alone.get_state())))
+    batches += [next(together) for _ in range(3)]
+    assert len(children() - before) == 2
+    alone.set_state(together.get_state())
+    batches.append(next(alone))
+    together.close()
+    assert children() == before
+    assert all(map(equal, collect(imagenet_batches(imagenet_dir, **how), 6), batches))
+    with pytest.raises(ValueError, match="closed"):
+        next(together)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches_and_end(imagenet_dir, parsed_flags):
+    before = children()
     alone = collect(imagenet_batches(imagenet_dir), 5)
-    dataset = imagenet_batches(imagenet_dir, workers=2)
-    assert all(map(equal, alone, collect(dataset, 5)))
-    iterator = iter(dataset)
-    next(iterator), next(iterator)
-    resumed = iter(dataset)
-    resumed.set_state(iterator.get_state())
-    assert all(map(equal, alone[2:], collect(resumed, 3)))
-    one_pass = collect(
-        imagenet_batches(imagenet_dir, "validation", loop=False, workers=2)
-    )
-    np.testing.assert_array_equal(joined(one_pass, "weights"), [1] * 5 + [0] * 3)
+    iterator = iter(imagenet_batches(imagenet_dir, workers=2))
+    assert all(map(equal, alone, collect(iterator, 5)))
+    iterator.set_state({"next_index": 1})
+    assert equal(next(iterator), alone[1])
+    del iterator  # as an evaluation leaves it
+    assert children() == before
+
+
+@pytest.mark.slow
+def test_worker_processes_of_images_in_memory(cifar_dir, parsed_flags):
+    alone = collect(train(cifar_dir), 6)
+    assert all(map(equal, alone, collect(train(cifar_dir, workers=2), 6)))
+    one_pass = collect(train(cifar_dir, loop=False, workers=2))  # 5 batches of 8
+    assert all(map(equal, collect(train(cifar_dir, loop=False)), one_pass))
+    assert len(one_pass) == 5
+
+
+def test_threads_give_the_same_batches(cifar_dir):
+    alone = collect(train(cifar_dir), 6)
+    assert all(map(equal, alone, collect(train(cifar_dir, threads=3), 6)))
 
 
 def test_random_parts_have_the_areas_and_ratios_asked_for():
@@ -463,6 +551,64 @@ def test_evaluation_resizes_and_cuts_the_middle(size):
     assert difference.mean() < 1.5
 
 
+@pytest.fixture(scope="module")
+def photographs():
+    """JPEGs of ImageNet by their names, every 40th class one."""
+    file = "imagenet_samples/imagenet_sample_images_every40th_25.tar"
+    with tarfile.open(real.path(file)) as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive.getmembers()}
+
+
+def test_real_photographs_are_cut_as_in_plain_numpy(photographs):
+    assert len(photographs) == 25
+    halved = 0
+    for number, jpeg in enumerate(photographs.values()):
+        with PIL.Image.open(io.BytesIO(jpeg)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        size = np.array(pixels.shape[1::-1])  # width, height
+        # The short side becomes 256, and 224 of both are cut out at whole pixels.
+        whole = 256 * size // size.min()
+        corner = np.round((whole - 224) / 2)
+        box = np.concatenate([corner, corner + 224]) * np.tile(size / whole, 2)
+        # Two roundings, one of each direction that is resized.
+        assert np.abs(imagenet.middle(jpeg) - resized(pixels, box, 224)).max() < 1.5
+        generator = np.random.default_rng(number % 2)
+        part = imagenet.random_box(*size.tolist(), generator)
+        expected = resized(pixels, part, 224)
+        if generator.random() < 0.5:
+            expected = expected[:, ::-1]
+        made = imagenet.augmented(jpeg, np.random.default_rng(number % 2))
+        reduced = min(part[2] - part[0], part[3] - part[1]) // 224 > 1
+        halved += reduced
+        # A JPEG that is decoded at half its size is averaged in another way.
+        difference = np.abs(made - expected)
+        assert difference.mean() < (3 if reduced else 0.5)
+        assert difference.max() < (64 if reduced else 1.5)
+    assert 0 < halved < 5
+
+
+def test_real_photographs_are_stored_as_they_are_and_have_the_numbers_of_their_classes(
+    photographs, tmp_path
+):
+    examples = [
+        {"file_name": name, "image": jpeg, "label": name.partition("_")[0]}
+        for name, jpeg in photographs.items()
+    ]
+    splits = {"train": examples, "validation": examples}
+    stored.store("imagenet2012", splits, str(tmp_path))
+    by_class = dict(zip(range(0, 1000, 40), photographs.values(), strict=True))
+    batches = collect(imagenet_batches(str(tmp_path), "test", loop=False, rows=8))
+    labels, weights = joined(batches, "labels"), joined(batches, "weights")
+    assert sorted(labels[weights == 1]) == list(by_class)  # as their names are sorted
+    for image, label in zip(joined(batches, "images"), labels, strict=True):
+        np.testing.assert_array_equal(image, imagenet.middle(by_class[label]))
+    (batch, *_) = collect(imagenet_batches(str(tmp_path), rows=8), 1)
+    for row, label in enumerate(batch["labels"]):
+        generator = np.random.default_rng((SEED, row))
+        made = imagenet.augmented(by_class[label], generator)
+        np.testing.assert_array_equal(batch["images"][row], made)
+
+
 def test_grey_jpegs_become_three_channels():
     grey = PIL.Image.fromarray(np.full((300, 300), 77, np.uint8))
     buffer = io.BytesIO()
@@ -475,7 +621,9 @@ def test_grey_jpegs_become_three_channels():
         assert np.abs(made.astype(int) - 77).max() <= 1
 
 
-def test_threads_must_be_some(imagenet_dir):
-    with pytest.raises(ValueError, match=r"threads \(0\)"):
-        imagenet_batches(imagenet_dir, threads=0)
-    assert isinstance(imagenet_batches(imagenet_dir), grain.IterDataset)
+@pytest.mark.parametrize("name", ["threads", "workers"])
+def test_threads_and_workers_must_be_possible(imagenet_dir, cifar_dir, name):
+    for batches, data_dir in ((imagenet_batches, imagenet_dir), (train, cifar_dir)):
+        with pytest.raises(ValueError, match=rf"{name} \(-1\).* at least 0"):
+            batches(data_dir, **{name: -1})
+        assert isinstance(batches(data_dir, **{name: 0}), grain.IterDataset)

@@ -10,6 +10,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import PIL.Image
@@ -180,17 +181,34 @@ def test_it_says_what_there_is(tmp_path):
     assert said.endswith(f"in {tmp_path}/tiny_shakespeare_bytes/1.0.0")
 
 
-def test_the_command_ends_with_one_line_and_code_2(tmp_path):
+def run_command(tmp_path):
     arguments = [
         "--dataset=enwik8",
         f"--data_dir={tmp_path}",
         f"--manual_dir={tmp_path}",
     ]
     command = [sys.executable, "-m", "experiments.prepare", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_ends_with_one_line_and_code_2(tmp_path):
+    done = run_command(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path} has no enwik8 and no enwik8.zip; put")
+
+
+def test_the_command_names_a_damaged_archive(tmp_path):
+    path = tmp_path / "enwik8.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("enwik8", b"abc " * 1000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:45] + bytes([whole[45] ^ 255]) + whole[46:])
+    done = run_command(tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {path} is cut off or damaged (")
+    assert line.endswith("; get it again")
 
 
 @needs_tensorflow

@@ -4,6 +4,7 @@ of what they store."""
 import functools
 import hashlib
 import http.server
+import io
 import itertools
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import zipfile
 
 import numpy as np
 import pytest
+import real
 
+from experiments import prepare as commands
 from experiments.data import enwik8, files, stream, vocabulary, wikitext103
 from experiments.data.shard import Shard
 
@@ -122,17 +125,44 @@ def test_it_is_downloaded_without_a_folder(small, web, monkeypatch, tmp_path):
     assert enwik8.load("test", str(tmp_path / "data")).tobytes() == small[900:]
 
 
-def test_a_wrong_download_is_refused(small, web, monkeypatch, tmp_path):
+def zipped(content):
+    """The bytes of an archive as the one of enwik8 is."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("enwik8", content)
+    return made.getvalue()
+
+
+def flipped(content):
+    """One bit of the byte in the middle is another."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+DAMAGES = {"flipped": flipped, "cut": lambda b: b[:-100], "empty": lambda b: b""}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda t: zipped(t[:-1]), "holds 999 bytes of text, expected 1,000"),
+        (lambda t: zipped(flipped(t)), "sha256 is .*, expected"),
+        *((lambda t, d=d: d(zipped(t)), "cut off or dam") for d in DAMAGES.values()),
+    ],
+    ids=["short", "other", *DAMAGES],
+)
+def test_a_wrong_download_is_refused_and_thrown_away(
+    small, web, monkeypatch, tmp_path, wrong, said
+):
     folder, address = web
-    with zipfile.ZipFile(folder / "enwik8.zip", "w") as made:
-        made.writestr("enwik8", small[:-1])
+    (folder / "enwik8.zip").write_bytes(wrong(small))
     monkeypatch.setattr(enwik8, "URL", f"{address}/enwik8.zip")
-    with pytest.raises(ValueError, match="holds 999 bytes of text, expected 1,000"):
+    with pytest.raises(ValueError, match=rf"\.zip .*{said}.* downloads it anew"):
         enwik8.prepare("enwik8", str(tmp_path / "data"), quiet=True)
     # The next try downloads anew.
-    with zipfile.ZipFile(folder / "enwik8.zip", "w") as made:
-        made.writestr("enwik8", small)
+    (folder / "enwik8.zip").write_bytes(zipped(small))
     enwik8.prepare("enwik8", str(tmp_path / "data"), quiet=True)
+    assert enwik8.load("test", str(tmp_path / "data")).tobytes() == small[900:]
 
 
 @pytest.mark.parametrize(
@@ -153,12 +183,47 @@ def test_a_cut_or_wrong_file_is_refused_and_leaves_nothing(
     assert not list((tmp_path / "data").glob("enwik8_bytes/enwik8/*"))
 
 
-def test_a_cut_archive_is_refused(small, tmp_path):
-    path = tmp_path / "manual" / "enwik8"
-    path.unlink()
-    path.with_suffix(".zip").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(ValueError, match=r"enwik8\.zip is cut off, or no archive"):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_archive_of_the_user_is_refused_and_stays(small, tmp_path, damage):
+    (tmp_path / "manual" / "enwik8").unlink()
+    path = tmp_path / "manual" / "enwik8.zip"
+    path.write_bytes(damage(zipped(small)))
+    with pytest.raises(ValueError, match=f"^{path} is cut off or damaged .*; get it"):
         prepare(tmp_path)
+    assert path.read_bytes() == damage(zipped(small))
+    assert not list((tmp_path / "data").glob("enwik8_bytes/enwik8/*"))
+
+
+def test_wherever_an_archive_is_damaged_the_text_is_whole_or_refused(
+    monkeypatch, tmp_path
+):
+    """Each byte changed, and each length: zipfile has eight kinds of errors for them."""
+    content = b"".join(b"<page>%d</page>\n" % (n * n) for n in range(60))
+    shrink(monkeypatch, content)
+    path, whole, text = tmp_path / "enwik8.zip", zipped(content), enwik8.TEXTS["enwik8"]
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        packed = archive.getinfo("enwik8").compress_size
+    damaged = [(None, whole[:at]) for at in range(len(whole))]
+    for at, byte in enumerate(whole):
+        for bit in (1, 4, 255):
+            damaged.append((at, whole[:at] + bytes([byte ^ bit]) + whole[at + 1 :]))
+    harmless = set()
+    for at, each in damaged:
+        path.write_bytes(each)
+        try:
+            enwik8.check(path, text)
+        except ValueError as error:
+            said = str(error)
+            assert said.startswith(f"{path} ") and said.endswith("; get it again")
+        else:
+            harmless.add(at)
+            with enwik8._opened(path) as file:
+                assert file.read() == content
+    # Headers say times and versions too, and the packed text's first and last byte
+    # where it ends.
+    start = len("enwik8") + zipfile.sizeFileHeader
+    assert harmless and None not in harmless
+    assert not harmless & set(range(start + 1, start + packed - 1))
 
 
 def test_missing_files_are_named(small, tmp_path):
@@ -205,6 +270,30 @@ def test_what_is_prepared_is_not_prepared_again(small, tmp_path):
     first = prepare(tmp_path)
     (tmp_path / "manual" / "enwik8").unlink()
     assert prepare(tmp_path).data_path == first.data_path
+
+
+def test_the_real_prefix_of_enwik8(tmp_path):
+    content = real.unpacked("enwik8/enwik8_first_4154064_bytes.xz")
+    assert len(content) == 4_154_064
+    path = tmp_path / "enwik8_prefix4m"
+    path.write_bytes(content)
+    data_dir = str(tmp_path / "data")
+    said = commands.prepare("enwik8_prefix4m", data_dir, str(tmp_path))
+    assert said.startswith(
+        "enwik8_prefix4m: 3,754,064 bytes of train, 200,000 bytes of validation, "
+        "200,000 bytes of test in "
+    )
+    parts = [
+        enwik8.load(split, data_dir, "enwik8_prefix4m")
+        for split in ("train", "validation", "test")
+    ]
+    assert [part.size for part in parts] == [3_754_064, 200_000, 200_000]
+    assert np.concatenate(parts).tobytes() == content
+    assert content.startswith(b"<mediawiki ")
+    changed = content[:999_999] + bytes([content[999_999] ^ 1]) + content[1_000_000:]
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match="enwik8_prefix4m is damaged .* 369b6889"):
+        enwik8.check(path, enwik8.TEXTS["enwik8_prefix4m"])
 
 
 @pytest.mark.slow
@@ -309,15 +398,45 @@ def test_an_archive_of_the_words_serves_as_well(wiki, monkeypatch, tmp_path):
         wikitext103.prepare("wikitext103", str(other), str(tmp_path / "manual"))
 
 
-def test_the_archive_of_the_words_is_downloaded(wiki, web, monkeypatch, tmp_path):
-    folder, address = web
-    with zipfile.ZipFile(folder / wikitext103.ARCHIVE, "w") as archive:
+@pytest.fixture
+def archive(wiki, monkeypatch):
+    """The bytes of the archive of the words, as if it were the published one."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         for split, name in wikitext103.NAMES.items():
             archive.writestr(f"wikitext-103/{name}", wiki[split])
-    whole = (folder / wikitext103.ARCHIVE).read_bytes()
-    monkeypatch.setattr(wikitext103, "ZIPPED", known(whole))
+    monkeypatch.setattr(wikitext103, "ZIPPED", known(made.getvalue()))
+    return made.getvalue()
+
+
+def test_the_archive_of_the_words_is_downloaded(archive, web, monkeypatch, tmp_path):
+    folder, address = web
+    (folder / wikitext103.ARCHIVE).write_bytes(archive)
     monkeypatch.setattr(wikitext103, "URL", f"{address}/{wikitext103.ARCHIVE}")
     wikitext103.prepare("wikitext103", str(tmp_path / "data"), quiet=True)
+    assert read_wiki(tmp_path, "test") == ["b", "b", "<eos>", "c", "<eos>"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_archive_of_the_words_is_refused(
+    archive, web, monkeypatch, tmp_path, damage
+):
+    folder, address = web
+    monkeypatch.setattr(wikitext103, "URL", f"{address}/{wikitext103.ARCHIVE}")
+    monkeypatch.setattr(wikitext103, "ZIPPED", wikitext103.ZIPPED._replace(size=None))
+    path = tmp_path / "manual" / wikitext103.ARCHIVE
+    for split in wikitext103.NAMES:
+        (tmp_path / "manual" / wikitext103.NAMES[split]).unlink()
+    for where in (path, folder / wikitext103.ARCHIVE):
+        where.write_bytes(damage(archive))
+    with pytest.raises(ValueError, match=f"^{path} is damaged .*; get it again$"):
+        prepare_wiki(tmp_path)
+    assert path.exists()
+    data_dir = str(tmp_path / "data")
+    with pytest.raises(ValueError, match="is damaged .* downloads it anew"):
+        wikitext103.prepare("wikitext103", data_dir, quiet=True)
+    (folder / wikitext103.ARCHIVE).write_bytes(archive)
+    wikitext103.prepare("wikitext103", data_dir, quiet=True)
     assert read_wiki(tmp_path, "test") == ["b", "b", "<eos>", "c", "<eos>"]
 
 
@@ -355,6 +474,30 @@ def test_a_cut_or_wrong_text_is_refused(wiki, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"1 words .* not in the vocabulary, as 'c'"):
         prepare_wiki(tmp_path)
     assert not list((tmp_path / "data").glob("wikitext103_words/wikitext103/*"))
+
+
+def test_the_real_held_out_texts_of_wikitext103(tmp_path):
+    texts = {}
+    for split, name in (("validation", "valid"), ("test", "test")):
+        content = real.unpacked(f"wikitext/wikitext-103.{name}.tokens.xz")
+        (tmp_path / wikitext103.NAMES[split]).write_bytes(content)
+        texts[split] = content.decode()
+    name, data_dir = "wikitext103_heldout_vocabulary", str(tmp_path / "data")
+    said = commands.prepare(name, data_dir, str(tmp_path))
+    assert said.startswith(
+        f"{name}: 217,646 words of validation, 245,569 words of test in "
+    )
+    words = np.array(wikitext103.vocabulary(data_dir, name), object)
+    assert len(words) == wikitext103.HELD_OUT_WORDS == 28_441
+    counts = np.zeros(len(words), int)
+    for split, text in texts.items():
+        ids = wikitext103.load(split, data_dir, name)
+        expected = text.replace("\n", " <eos> ").split()
+        assert words[ids].tolist() == expected
+        counts += np.bincount(ids, minlength=len(words))
+    # The most frequent first, but for the end of a line.
+    assert list(words[:4]) == ["<eos>", "the", ",", "."]
+    assert counts.min() > 0 and (np.diff(counts[1:]) <= 0).all()
 
 
 def test_preparing_words_takes_no_tensorflow(tmp_path):

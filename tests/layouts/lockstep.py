@@ -10,7 +10,7 @@ from compilation import fast_compilation
 
 import topkast_jax as tk
 
-STEPS, EVERY, ROWS = 10, 3, 7
+STEPS, EVERY, ROWS = 20, 3, 7
 PLAIN, STACKED = (16, 24), (3, 16, 8)
 COMPILATION = fast_compilation()
 
@@ -82,7 +82,7 @@ def run(
     dtype: Any = jnp.float32,
     delay: int = 0,
 ) -> list[Seen]:
-    """Trains for ten steps, masks refreshed by whichever way the layout has.
+    """Trains for twenty steps, masks refreshed by whichever way the layout has.
 
     A method that draws by statistics has `observed_loss`, others `loss`.
     """

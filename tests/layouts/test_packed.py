@@ -145,6 +145,20 @@ def test_any_optimizer(inner):
 
 
 @pytest.mark.parametrize(
+    "inner",
+    [optax.adafactor(0.05, min_dim_size_to_factor=8), optax.lamb(0.05)],
+    ids=["adafactor", "lamb"],
+)
+def test_optimizers_that_look_at_whole_arrays_see_b_alone(inner):
+    """They train, with other steps than in the masked layout, as the README says."""
+    method = METHODS["static"]()
+    masked, packed = (run(x, method, inner=inner) for x in ("masked", "packed"))
+    np.testing.assert_array_equal(masked[-1].forward, packed[-1].forward)
+    assert packed[-1].loss < 0.9 * packed[0].loss
+    assert not np.allclose(masked[-1].weights, packed[-1].weights, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("letters", "along"), [("i s o", "inputs"), ("o s i", "outputs")]
 )
 @pytest.mark.parametrize("explore", ["random", "top"])
