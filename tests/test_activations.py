@@ -1,6 +1,7 @@
-"""meProp and SWAT against formulas in float64, in functions and in unmodified models."""
+"""meProp and SWAT against their oracle, in functions and in unmodified models."""
 
 import math
+import time
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+from oracles import activations
 
 import topkast_jax as tk
 from topkast_jax.flax.activations import swat_rules
@@ -20,31 +22,140 @@ KEY = jax.random.key(0)
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
 
-def largest(x: np.ndarray, k: int, scores: Any = None) -> np.ndarray:
-    """x where its magnitude is one of the k largest of all, ties to the first; else 0."""
-    scores = np.abs(x if scores is None else scores)
-    order = np.argsort(-scores.ravel(), kind="stable")[:k]
-    kept = np.zeros(scores.size, bool)
-    kept[order] = True
-    return np.where(kept.reshape(scores.shape), x, 0)
+def kept_of(size: int, sparsity: float) -> int:
+    return round((1 - sparsity) * size)
 
 
 def share(x: np.ndarray, sparsity: float) -> np.ndarray:
-    return largest(x, round((1 - sparsity) * x.size))
+    """x with the zeros of a sparsity: the whole array is one selection."""
+    return activations.top_tensor(x, kept_of(x.size, sparsity))
 
 
 def rows(g: np.ndarray, k: int, unified: bool, axes: int = 1) -> np.ndarray:
     """The k largest entries over the last axes of each row, or the same for all rows."""
     flat = g.reshape(-1, math.prod(g.shape[-axes:]))
-    if unified:
-        scores = np.abs(flat).sum(0, keepdims=True)
-        kept = largest(np.ones_like(scores), k, scores)
-        return (flat * kept).reshape(g.shape)
-    return np.stack([largest(row, k) for row in flat]).reshape(g.shape)
+    choose = activations.top_columns if unified else activations.top_rows
+    return choose(flat, k).reshape(g.shape)
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# Against the oracle of a layer.
+
+ROWS, INPUTS, OUTPUTS = 7, 9, 10
+
+
+def layer_inputs() -> list[np.ndarray]:
+    """x, w, b and dL/dy, new ones at every call, of which float32 rounds nothing.
+
+    Small integers over 16: their sums are exact in any order, and magnitudes tie.
+    """
+    seed = time.time_ns() % 2**31
+    print(f"seed {seed}")  # pytest shows it when something fails
+    random = np.random.default_rng(seed)
+    shapes = ((ROWS, INPUTS), (INPUTS, OUTPUTS), (OUTPUTS,), (ROWS, OUTPUTS))
+    return [random.integers(-40, 41, s).astype(np.float32) / 16 for s in shapes]
+
+
+def assert_equal(found: Any, expected: activations.Linear, what: str) -> None:
+    for name, one, two in zip(expected._fields, found, expected, strict=True):
+        np.testing.assert_array_equal(one, two, f"{name}, {what}")
+
+
+@pytest.mark.parametrize("full_bias", [True, False])
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_layer_of_meprop_is_that_of_the_oracle(unified, full_bias):
+    def layer(x, w, b, k):
+        if full_bias:
+            return tk.meprop(x @ w, k=k, unified=unified) + b
+        return tk.meprop(x @ w + b, k=k, unified=unified)
+
+    @jax.jit
+    def found(x, w, b, dy, k):
+        y, back = jax.vjp(lambda *a: layer(*a, k), x, w, b)
+        return y, *back(dy)
+
+    inputs = layer_inputs()
+    options = {"unified": unified, "full_bias": full_bias}
+    for k in range(1, OUTPUTS + 1):
+        expected = activations.meprop(*inputs, k, **options)
+        assert_equal(found(*inputs, k), expected, f"k={k}")
+
+
+@pytest.mark.parametrize("per", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("of_w", "of_x"), [(0.5, None), (0.8, 0.25), (0.0, 0.7), (0.3, 0.0)]
+)
+def test_a_layer_of_swat_is_that_of_the_oracle(of_w, of_x, per):
+    axes = {"tensor": None, "row": (-1,)}[per]
+
+    @jax.jit
+    def found(x, w, b, dy):
+        def layer(x, w, b):
+            return tk.swat(x, w, of_w, activation_sparsity=of_x, axes=axes) + b
+
+        y, back = jax.vjp(layer, x, w, b)
+        return y, *back(dy)
+
+    inputs = layer_inputs()
+    size = {"tensor": ROWS * INPUTS, "row": INPUTS}[per]
+    of_x = of_w if of_x is None else of_x
+    counts = kept_of(INPUTS * OUTPUTS, of_w), kept_of(size, of_x)
+    expected = activations.swat(*inputs, *counts, per=per)
+    assert_equal(found(*inputs), expected, f"k={counts}")
+
+
+@pytest.mark.parametrize("name", ["meprop", "unified", "swat"])
+def test_fifty_steps_of_a_layer(name):
+    """A Dense layer with its bias, trained beside that of the oracle."""
+    model, few = nn.Dense(OUTPUTS), kept_of(ROWS * INPUTS, 0.5)
+    apply, layer = {
+        "meprop": (tk.flax.meprop(model, k=3), lambda *a: activations.meprop(*a, 3)),
+        "unified": (
+            tk.flax.meprop(model, k=3, unified=True),
+            lambda *a: activations.meprop(*a, 3, unified=True),
+        ),
+        "swat": (
+            tk.flax.swat(model, 0.6, activation_sparsity=0.5),
+            lambda *a: activations.swat(*a, kept_of(INPUTS * OUTPUTS, 0.6), few),
+        ),
+    }[name]
+    x, wanted = draw(50, ROWS, INPUTS), draw(50, ROWS, OUTPUTS, seed=1)
+    params = {"kernel": draw(INPUTS, OUTPUTS, seed=2) / 3, "bias": np.zeros(OUTPUTS)}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    tx = optax.sgd(0.1, momentum=0.5)
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+
+        def loss(params: Any) -> Any:
+            y = apply({"params": params}, batch[0])
+            return jnp.sum((y - batch[1]) ** 2) / (2 * ROWS)
+
+        updates, state = tx.update(jax.grad(loss)(params), state)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    _, found = jax.jit(lambda *a: lax.scan(step, *a))(
+        (params, tx.init(params)), (x, wanted)
+    )
+    histories = [
+        activations.layer_run(
+            params["kernel"],
+            params["bias"],
+            lambda t: (x[t], wanted[t]),
+            one,
+            learning_rate=0.1,
+            momentum=0.5,
+        )
+        for one in (layer, activations.dense)
+    ]
+    for t, (w, b) in enumerate(histories[0][1:]):
+        for one, two in ((found["kernel"][t], w), (found["bias"][t], b)):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5, err_msg=f"{t}")
+    assert abs(histories[0][-1][0] - histories[1][-1][0]).max() > 0.1
 
 
 # The functions.

@@ -1,11 +1,13 @@
 """Different methods in one model, by ordered rules."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from compilation import fast_compilation
 
@@ -32,7 +34,7 @@ def params() -> Any:
 def train(tx: Any, theta: Any, steps: int = 7) -> tuple[list[Any], list[Any]]:
     """Parameters and states, before each step and after the last."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=COMPILATION)
     def step(theta: Any, state: Any, t: Any) -> Any:
         def loss(theta: Any) -> jax.Array:
             alpha = tk.sparsify(theta, tk.masks(state))
@@ -81,9 +83,19 @@ def test_each_part_does_what_its_method_does_alone():
         assert not np.asarray(theta["attention"]["kernel"])[off].any()
 
 
-def moved(states: list[Any], name: str) -> list[int]:
+def by_path(tree: Any) -> dict[str, np.ndarray]:
+    """What is not None."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
+        for keys, leaf in flat
+    }
+
+
+def moved(states: list[Any], *name: str) -> list[int]:
     """Steps whose masks are not those of the step before."""
-    masks = [np.asarray(tk.masks(s).forward[name]["kernel"]) for s in states]
+    path = "/".join((*name, "kernel"))
+    masks = [by_path(tk.masks(s).forward)[path] for s in states]
     return [t for t in range(1, len(masks)) if (masks[t] != masks[t - 1]).any()]
 
 
@@ -108,6 +120,88 @@ def test_a_mixture_of_one_is_the_method_itself():
     )
     jax.tree.map(np.testing.assert_array_equal, one[0], two[0])
     jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+
+
+FIVE = [
+    ("*/head/*", None),
+    ("dsr/*", tk.dsr(0.75, threshold=0.1, drop_fraction=0.2, refresh=tk.every(2))),
+    ("snfs/*", tk.snfs(0.8, drop_fraction=0.3, refresh=tk.every(3))),
+    ("gse/*", tk.gse(0.7, subset=2.0, drop_fraction=0.5, refresh=tk.every(4))),
+    ("deep_r/*", tk.deep_r(0.6, l1=0.2, temperature=0.05)),
+    ("snip/*", tk.snip(0.9)),
+    ("*", None),
+]
+KERNELS = {"one": (8, 10), "two": (10, 5)}
+
+
+def five_parts() -> Any:
+    """Two kernels for each method, one of them with a bias, and what no method has."""
+    draws = np.random.default_rng(0)
+
+    def kernel(*shape: int) -> Any:
+        return {"kernel": jnp.asarray(draws.normal(size=shape), jnp.float32)}
+
+    parts: Any = {
+        pattern.split("/")[0]: {name: kernel(*s) for name, s in KERNELS.items()}
+        for pattern, method in FIVE
+        if method is not None
+    }
+    for part in parts.values():
+        part["two"]["bias"] = jnp.ones(5)
+    parts["dsr"]["head"] = kernel(5, 3)  # of the rule before that of dsr
+    parts["rest"] = kernel(6, 4)
+    return parts
+
+
+def test_five_methods_keep_their_own_budgets():
+    """K over a group, k of every kernel, or everything and then the few of SNIP."""
+    tx = tk.sparse(optax.sgd(0.1), tk.groups(FIVE), learning_rate=0.1, seed=3)
+    thetas, states = train(tx, five_parts(), steps=12)
+    dense = {"dsr/head/kernel", "rest/kernel"}
+    names = ("dsr", "snfs", "gse", "deep_r", "snip")
+    dense |= {f"{name}/two/bias" for name in names}
+    sparse = {f"{name}/{layer}/kernel" for name in names for layer in KERNELS}
+    rows = {row.path: row.sparse for row in tk.plan(tx, thetas[0]).rows}
+    assert rows == dict.fromkeys(dense, False) | dict.fromkeys(sparse, True)
+
+    graph = oracle.erdos_renyi(KERNELS, 0.7)
+    sizes: dict[str, set[tuple[int, ...]]] = {name: set() for name in names}
+    for t, (theta, state) in enumerate(zip(thetas, states, strict=True)):
+        masks = tk.masks(state)
+        forward, backward = map(by_path, (masks.forward, masks.backward))
+        assert forward.keys() == backward.keys() == sparse
+        for name in names:
+            a, b = (
+                [int(found[f"{name}/{layer}/kernel"].sum()) for layer in KERNELS]
+                for found in (forward, backward)
+            )
+            if name == "snip" and t == 0:  # looks at everything, trains nothing
+                assert (a, b) == ([80, 50], [0, 0])
+                continue
+            assert a == b, (name, t)
+            sizes[name].add(tuple(a))
+            total = {"dsr": 32, "snfs": 26, "gse": 39, "deep_r": 52, "snip": 13}[name]
+            assert sum(a) == total, (name, t)
+        values = by_path(theta)
+        if t:
+            tk.check(theta, state)
+            before = by_path(thetas[t - 1])
+            assert all((values[path] != before[path]).all() for path in dense)
+    assert sizes["gse"] == {tuple(graph[layer] for layer in KERNELS)}
+    assert len(sizes["snip"]) == 1
+    assert all(len(sizes[name]) > 1 for name in ("dsr", "snfs", "deep_r"))
+
+    times = {
+        name: {t for layer in KERNELS for t in moved(states, name, layer)}
+        for name in names
+    }
+    assert times == {
+        "dsr": {2, 4, 6, 8, 10, 12},
+        "snfs": {3, 6, 9, 12},
+        "gse": {4, 8, 12},
+        "deep_r": set(range(1, 13)),
+        "snip": {1},
+    }
 
 
 def packed_run(steps: int = 7) -> tuple[list[Any], list[Any]]:

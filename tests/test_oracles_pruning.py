@@ -117,6 +117,15 @@ def at_random(run, path):
     return -np.asarray(random_order(key, SHAPES[path])).astype(np.float64)
 
 
+def at_random_of_all(run, path):
+    """The draw out of all parameters together: 1 for each of those that stay."""
+    key = leaf_key(jnp.uint32(SEED), "one/kernel", run.step)
+    equal = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    k = round((1 - SPARSITY) * sum(map(np.size, equal.values())))
+    chosen = tk.top_k_tree(list(equal.values()), k, None, key)
+    return np.asarray(chosen[list(equal).index(path)], np.float64)
+
+
 GRADUAL = {
     "magnitude": (tk.magnitude, None, "layer"),
     "magnitude_global": (tk.magnitude, None, "global"),
@@ -137,14 +146,30 @@ def test_gradual(name):
     assert_same(ours, theirs, changes=6)
 
 
+ONCE = {
+    "magnitude": {"layer": None, "global": None},
+    "saliency": {"layer": by_saliency, "global": by_saliency},
+    "random": {"layer": at_random, "global": at_random_of_all},
+}
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_one_shot(scope):
-    ours = Recorded(tk.one_shot(SPARSITY, at=10, scope=scope))
-    theirs = pruning.pruning(
-        start(), THEIRS, ours.gradient, due=lambda t: t == 10,
-        sparsity=lambda _: SPARSITY, scope=scope, sparse=tuple(SHAPES), steps=STEPS,
-    )  # fmt: skip
+@pytest.mark.parametrize("score", ONCE)
+def test_one_shot(score, scope):
+    ours = Recorded(tk.one_shot(SPARSITY, at=10, score=score, scope=scope))
+
+    def simulated(score, steps):
+        return pruning.pruning(
+            start(), THEIRS, ours.gradient, due=lambda t: t == 10,
+            sparsity=lambda _: SPARSITY, score=ONCE[score][scope], scope=scope,
+            sparse=tuple(SHAPES), steps=steps,
+        )  # fmt: skip
+
+    theirs = simulated(score, STEPS)
     assert_same(ours, theirs, changes=1)
+    for other in set(ONCE) - {score}:  # each score says something else
+        found = simulated(other, 10)[10].forward
+        assert any((found[p] != theirs[10].forward[p]).any() for p in SHAPES)
 
 
 @pytest.mark.parametrize(

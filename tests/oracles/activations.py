@@ -1,4 +1,4 @@
-"""Sparse activations and gradients: meProp (arXiv 1706.06197), SWAT (2006.01969).
+"""Sparse activations and gradients: meProp (arXiv 1706.06197), SWAT (2001.01969).
 
 A linear layer y = x w + b with x [batch, n_in], w [n_in, n_out], in float64. Forward
 and gradients are written out; no automatic differentiation.

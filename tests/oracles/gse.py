@@ -15,6 +15,7 @@ percent sparsity; both are for the caller to do, who hands in S.
 
 from collections.abc import Callable, Mapping
 from math import cos, pi
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,13 @@ from oracles.loop import (
     nnz,
     train,
 )
+
+
+class Observed(NamedTuple):
+    """What a linear layer sees: inputs h [n_in, B], cotangents delta [n_out, B]."""
+
+    h: Array
+    delta: Array
 
 
 def cosine(step: int, alpha: float, t_end: int) -> float:
@@ -195,6 +203,44 @@ def gse(
         }
 
     return train(params, forward, inner, grad, choose, due=due, **options)
+
+
+def sampled(
+    observed: Callable[[int, str], Observed],
+    uniforms: Callable[[int, str, int], Array],
+    gamma: float,
+    signs: Callable[[int, str], Array] | None = None,
+) -> Callable[[int, str, Run], Positions]:
+    """`candidates` of `gse`: ceil(gamma |A|) pairs by GraBo or, with `signs`, GraEst.
+
+    All three are asked for the refresh at `step`: for h and delta, for n pairs of
+    numbers in [0, 1), and for one sign of each column of h and delta. In the paper h
+    and delta are those of the batch whose gradient is compared, the one of step - 1.
+    """
+
+    def draw(step: int, path: str, run: Run) -> Positions:
+        n = ceil_count(gamma, int(run.forward[path].sum()))
+        h, delta = observed(step, path)
+        f, g = grabo(h, delta) if signs is None else graest(h, delta, signs(step, path))
+        return sample_pairs(f, g, uniforms(step, path, n))
+
+    return draw
+
+
+def perceptron(
+    x: Array, wanted: Array, one: Array, shift: Array, two: Array
+) -> tuple[Observed, Observed]:
+    """h and delta of both layers of tanh(x W1 + b) W2, in float64.
+
+    x is [B, n_in]; the loss is the mean of all squares of the distance from `wanted`.
+    """
+    x, wanted, one, shift, two = (
+        np.asarray(a, np.float64) for a in (x, wanted, one, shift, two)
+    )
+    hidden = np.tanh(x @ one + shift)
+    last = 2 * (hidden @ two - wanted) / wanted.size
+    first = (last @ two.T) * (1 - hidden**2)
+    return Observed(x.T, first.T), Observed(hidden.T, last.T)
 
 
 def gradient(h: Array, delta: Array) -> Array:

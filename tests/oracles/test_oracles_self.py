@@ -5,7 +5,7 @@ import pytest
 from oracle import every, sgd
 
 from oracles import gse
-from oracles.loop import apportion, ceil_count, global_top_k, train
+from oracles.loop import Run, apportion, ceil_count, global_top_k, train
 from oracles.marks import mask_of, on
 
 
@@ -193,3 +193,41 @@ def test_cosine_and_the_initial_graph():
     values = [gse.cosine(t, 0.3, 10) for t in (0, 5, 10, 11)]
     np.testing.assert_allclose(values, [0.3, 0.15, 0.0, 0.0], atol=1e-16)
     assert [gse.er_count(4, 4, e) for e in (0.5, 0.3, 9.0)] == [4, 3, 16]
+
+
+def test_gse_candidates_by_what_a_layer_sees():
+    asked = []
+
+    def uniforms(step, path, n):
+        asked.append((step, path, n))
+        return np.array([[0.3, 0.1], [0.5, 0.3], [0.99, 0.99]])
+
+    def draws(signs=None):
+        observed = gse.Observed(H, DELTA)
+        draw = gse.sampled(lambda step, path: observed, uniforms, 0.6, signs)
+        return draw(7, "a", Run(7, {}, {"a": FORWARD}, {}, {})).tolist()
+
+    # f is 3, 3, 0, 2 of 8, g is 2, 2, 3, 0 of 7; three pairs, of (0, 0) (1, 1) (3, 2).
+    assert draws() == [0, 5, 14]
+    # f is 1, 3, 0, 0 of 4: (1, 0) (1, 1) (1, 2).
+    assert draws(lambda step, path: np.array([1.0, 1.0])) == [4, 5, 6]
+    # g is 0, 2, 3, 0 of 5, f as by GraBo: (0, 1) (1, 1) (3, 2).
+    assert draws(lambda step, path: np.array([1.0, -1.0])) == [1, 5, 14]
+    assert asked == [(7, "a", 3)] * 3  # ceil(.6 * 5)
+
+
+def test_gse_perceptron_has_the_gradient_of_its_loss():
+    rng = np.random.default_rng(2)
+    x, wanted = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+    weights = [rng.normal(size=shape) for shape in ((3, 4), (4,), (4, 2))]
+
+    def slope(i, at):
+        one, shift, two = (w.astype(complex) for w in weights)
+        (one, shift, two)[i][at] += 1e-30j
+        return ((np.tanh(x @ one + shift) @ two - wanted) ** 2).mean().imag / 1e-30
+
+    first, last = gse.perceptron(x, wanted, *weights)
+    found = [gse.gradient(*first), first.delta.sum(1), gse.gradient(*last)]
+    for i, gradient in enumerate(found):
+        expected = [slope(i, at) for at in np.ndindex(gradient.shape)]
+        np.testing.assert_allclose(gradient.ravel(), expected, rtol=1e-12)
