@@ -29,8 +29,8 @@ from configs import common, sparse
 MODELS = {
     "resnet56": dict(name="resnet_cifar", depth=56, width=16),
     "resnet20": dict(name="resnet_cifar", depth=20, width=16),
-    "vgg16": dict(name="vgg"),
-    "vit": dict(name="vit"),
+    "vgg16": dict(name="vgg", width=16, hidden=512),
+    "vit": dict(name="vit", width=512, heads=6, d_inner=256),
 }
 TINY = dict(name="resnet_cifar", depth=8, width=16)
 SMOKE = dict(name="resnet_cifar", depth=8, width=4)

@@ -150,7 +150,7 @@ def _read(where: str, given: Mapping[str, Any], workdir: epath.Path) -> Job:
     labels = {key: str(value) for key, value in given["labels"].items()}
     overrides = dict(given["overrides"])
     try:
-        config = _config(path, overrides)
+        config = configuration(path, overrides)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{where}, {name}: {_told(error)}") from error
     job = Job(name, path, overrides, labels, workdir / name, config.steps)
@@ -171,7 +171,12 @@ def _require_same_settings(job: Job) -> None:
         )
 
 
-def _config(path: str, overrides: Mapping[str, Any]) -> Any:
+def configuration(path: str, overrides: Mapping[str, Any]) -> Any:
+    """The config of a file (`file:arguments`) with overrides by dotted key.
+
+    Raises:
+      ValueError: an override of no key, or of no plain value; and what the file raises.
+    """
     parser: Any = ConfigFileFlagParser
     config: Any = parser("config").parse(path)
     _ = config.steps  # a missing file is kept quiet until then

@@ -17,8 +17,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "top_kast": dict(forward_sparsity=0.75, backward_sparsity=0.5),
     **dict.fromkeys(("magnitude", "saliency", "random_pruning", "granet"), HALFWAY),
 }
-DENSE_AT_FIRST = {"acdc", "one_shot", "snip"}
-METHODS = sorted(tk.METHODS.keys() - DENSE_AT_FIRST)
+DENSE_AT_FIRST = ("acdc", "one_shot", "snip")
+METHODS = sorted(tk.METHODS.keys() - set(DENSE_AT_FIRST))
 PACKED = ("static", "set", "rigl", "top_kast", "straight_through")
 
 

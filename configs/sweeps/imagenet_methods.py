@@ -11,7 +11,7 @@ weights are trained as are used; its other pairs are in imagenet_sparsities.py.
 
 from typing import Any
 
-from configs.sweeps.jobs import job, percent
+from configs.sweeps.jobs import arguments, job, percent
 
 METHODS = ("static", "snip", "set", "rigl", "gse", "magnitude", "straight_through")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -41,10 +41,9 @@ def get_sweep() -> list[dict[str, Any]]:
                     seed,
                 )
             )
-            backward = round(1 - 2 * (1 - sparsity), 6)
             jobs.append(
                 job(
-                    f"{FILE}:forward={sparsity},backward={backward}",
+                    f"{FILE}:{arguments('top_kast', sparsity)}",
                     ("method", "top_kast"),
                     column,
                     seed,

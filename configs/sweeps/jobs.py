@@ -34,3 +34,16 @@ def job(
 def percent(sparsity: float) -> str:
     """`"90"` of 0.9, `"96.5"` of 0.965."""
     return f"{100 * sparsity:g}"
+
+
+def twice(forward: float) -> float:
+    """The backward sparsity at which twice as many weights are trained as are used."""
+    return round(1 - 2 * (1 - forward), 6)
+
+
+def arguments(method: str, forward: float) -> str:
+    """Of a config; Top-KAST trains twice as many weights as it uses, dense has none."""
+    if method == "dense":
+        return "method=dense"
+    found = f"method={method},forward={forward}"
+    return f"{found},backward={twice(forward)}" if method == "top_kast" else found
