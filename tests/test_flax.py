@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import sizes_in
 
 import topkast_jax as tk
 
@@ -306,3 +307,43 @@ def test_a_wrong_call_is_refused_by_the_layer():
     alpha = tk.sparsify(theta, tk.masks(state))
     with pytest.raises(ValueError, match="einsum_str"):
         tk.flax.apply(model)({"params": alpha}, x, "bi,io->ob")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_stack_is_expanded_inside_its_scan(inside: bool) -> None:
+    """Where it is left by units until then; else all of it is dense at once."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            class Layer(nn.Module):
+                @nn.compact
+                def __call__(self, x: Any, _: None) -> Any:
+                    return x + jnp.tanh(nn.Dense(48, use_bias=False)(x)), None
+
+            scan = nn.scan(
+                nn.remat(Layer),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=16,
+            )
+            return scan(name="layers")(x, None)[0]
+
+    model, x = Deep(), jnp.ones((2, 48))
+    tx = tk.sparse(
+        optax.adam(0.1),
+        tk.static(0.95),
+        layout="packed",
+        axes=tk.axes({"*/kernel": "s i o"}),
+    )
+    theta, state, _ = tk.start(tx, model.init(KEY, x)["params"])
+
+    def loss(theta: Any) -> jax.Array:
+        alpha = tk.sparsify(theta, tk.masks(state), expanded=not inside)
+        return jnp.sum(tk.flax.apply(model)({"params": alpha}, x) ** 2)
+
+    sizes = sizes_in(jax.jit(jax.grad(loss)).lower(theta).compile().as_text())
+    layer = 48 * 48
+    assert layer in sizes  # one is made
+    assert (max(sizes) < 2 * layer) == inside
+    assert (16 * layer in sizes) != inside
