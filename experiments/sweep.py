@@ -146,9 +146,9 @@ def run(jobs: list[Job], cache: pathlib.Path, keep: pathlib.Path | None = None) 
                 failed += 1
                 log.warn(f"{job.name}: failed, exit code {code}: {_last_line(job)}")
                 continue
-            if keep is not None:
-                results.write(keep, [job])
             seconds.append(time.perf_counter() - began)
+            if keep is not None:
+                results.write(keep, [job], seconds[-1])
             left = sum(seconds) / len(seconds) * (len(todo) - number)
             print(
                 f"{number}/{len(todo)} {job.name}: {_words(result)}, in "
@@ -194,6 +194,8 @@ def main(argv: list[str]) -> int:
             results.write(keep, jobs)
         if flags.FLAGS.table:
             print(table(jobs, *flags.FLAGS.metric.split(",")))
+            if keep and (said := results.durations(results.read(keep))):
+                print(f"\n{said}")
             return 0
     if flags.FLAGS.print_commands:
         for job in jobs:

@@ -153,7 +153,11 @@ def test_results_outlive_the_folders_of_their_runs(
     assert elsewhere[1].result() is None
     assert sweep.run(elsewhere, tmp_path / "cache", file) == 0
     assert not (tmp_path / "other" / "one").exists()
-    assert list(results.read(file)) == ["one", "two"]
+    rows = results.read(file)
+    assert list(rows) == ["one", "two"]
+    assert "seconds" not in rows["one"] and rows["two"]["seconds"] > 0
+    assert results.durations(rows).startswith("1 of 2 jobs say how long they took: 0:0")
+    assert results.durations({"one": rows["one"]}) == ""
     # What was run with other settings is no result of this job.
     changed = jobs.load(write(job("one", 3), job("two", 2)), tmp_path / "third")
     known = results.known(changed, results.read(file))
