@@ -1,13 +1,14 @@
 """A batch in parts, and averages of weights."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import rows
+from runs import assert_same, rows
 
 from experiments import evaluate
 from experiments.accumulate import in_parts
@@ -80,6 +81,8 @@ def test_the_average_of_alpha_is_evaluated_and_resumed(
     np.testing.assert_array_equal(plain.state.params["hidden"]["kernel"], kernel)
     assert plain.metrics["loss"] != outcome.metrics["loss"]
     assert rows(tmp_path / "one", "eval")[-1]["loss"] == outcome.metrics["loss"]
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "12")
+    assert_same(train(tiny(ema=0.5), tmp_path / "one").state, state)  # from step 8 on
 
 
 @pytest.mark.parametrize(

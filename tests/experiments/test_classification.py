@@ -13,6 +13,7 @@ from configs import imagenet_resnet50 as imagenet_config
 from experiments import tasks
 from experiments.data import cifar, imagenet, images
 from experiments.models.resnet_cifar import CifarResNet
+from experiments.tasks.classification import _among
 from experiments.tasks.shared import shared
 
 ROWS = 4
@@ -124,6 +125,18 @@ def test_hundreds_of_classes_have_a_top_5() -> None:
     }
     sums, _ = jax.eval_shape(task.metrics, *shapes, batch)
     assert set(sums) == {"loss", "accuracy", "top_5_accuracy"}
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_label_is_among_the_first_k(k: int) -> None:
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(200, 12)).astype(np.float32)
+    labels = draw.integers(12, size=200)
+    first = np.argsort(-logits, axis=1)[:, :k]
+    wanted = (first == labels[:, None]).any(axis=1)
+    assert 0.5 * k / 12 < wanted.mean() < 2 * k / 12
+    found = _among(jnp.asarray(logits), jnp.asarray(labels), k)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(
