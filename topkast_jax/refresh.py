@@ -94,9 +94,14 @@ def refresh(
     Returns:
       theta, opt_state and store, for the coming step.
     Raises:
-      ValueError: NaN or Inf in theta, named by path; nothing has been changed then.
+      ValueError: NaN or Inf in theta, named by path, or a method that never refreshes;
+        nothing has been changed then.
     """
     recipe = recipe_for(tx, "tk.refresh")
+    if recipe.method.due is None:
+        raise ValueError(
+            f"tk.refresh: {recipe.method.name} never refreshes; see tk.due"
+        )
     job = Job(recipe, theta, opt_state, found)
     if chosen is None:
         choices = job.select(recipe, store)

@@ -1,7 +1,6 @@
 """Every method with every kind of optimizer: the invariants hold for each pair."""
 
 import functools
-import itertools
 from collections.abc import Callable
 
 import battery
@@ -124,20 +123,6 @@ def test_every_method_is_in_the_battery() -> None:
     assert battery.METHODS.keys() == battery.FACTS.keys() == tk.METHODS.keys()
     for name in tk.METHODS:
         assert battery.make_method(name).name == name
-
-
-def last_weights(run: battery.Run) -> np.ndarray:
-    return np.concatenate([np.ravel(x) for x in battery.named(run.params[-1]).values()])
-
-
-@pytest.mark.slow  # half a minute: every method trains
-def test_trajectories_differ_unless_they_are_aliases() -> None:
-    """Of the same start, seed, sparsity and schedule."""
-    ends = {name: last_weights(with_momentum(name)[1]) for name in tk.METHODS}
-    assert set(tk.ALIASES) <= set(ends)
-    for one, two in itertools.combinations(ends, 2):
-        same = two in (tk.ALIASES.get(one), one) or one == tk.ALIASES.get(two)
-        assert np.array_equal(ends[one], ends[two]) == same, (one, two)
 
 
 @pytest.mark.parametrize(("method", "optimizer"), DEFAULT)

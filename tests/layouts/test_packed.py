@@ -470,3 +470,10 @@ def test_exploration_is_the_same_in_every_layout():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), own
     )
+
+
+def test_what_never_refreshes_says_so():
+    tx = tk.sparse(optax.sgd(0.1), tk.static(0.5), layout="packed")
+    theta, state, store = tk.start(tx, {"kernel": jnp.ones((4, 4))})
+    with pytest.raises(ValueError, match=r"tk.refresh: static never refreshes"):
+        tk.refresh(tx, theta, state, store)
