@@ -150,13 +150,14 @@ def _starts_at_random(sparse: Mapping[str, Any]) -> bool:
             for _, given in sparse["rules"]
             if isinstance(given, Mapping)
         )
-    if sparse.get("initial_sparsity") == 0:
-        return False
     factory = tk.METHODS.get(sparse["method"])
-    if factory is None or "init" in sparse:
-        return bool(sparse.get("init") == "random")
-    default = inspect.signature(factory).parameters.get("init")
-    return default is not None and default.default == "random"
+    if factory is None:
+        return False  # dense, or refused elsewhere
+    given = {
+        name: sparse.get(name, parameter.default)
+        for name, parameter in inspect.signature(factory).parameters.items()
+    }
+    return given.get("init") == "random" and given.get("initial_sparsity") != 0
 
 
 def layout_of(meta: Mapping[str, Any]) -> str:

@@ -170,6 +170,15 @@ def test_what_was_trained_is_not_dropped_at_random(
     sparse = {**SET["sparse"], "init": "random"}
     with pytest.raises(ValueError, match=r"say sparse.init=magnitude"):
         begun(tiny, tmp_path, sparse=sparse, init_from=file)
+    rule = {"method": "random_pruning", "sparsity": 0.75, "start": 2, "stop": 9}
+    for initial in (0.0, 0.5):
+        rule["initial_sparsity"] = initial
+        mixed = {"method": "rules", "rules": (("*/kernel", rule), ("*", "dense"))}
+        if initial:
+            with pytest.raises(ValueError, match=r"say sparse.init=magnitude"):
+                begun(tiny, tmp_path, sparse=mixed, init_from=file)
+        else:
+            begun(tiny, tmp_path, sparse=mixed, init_from=file)
     dense = begun(tiny, tmp_path, sparse={"method": "dense"}, init_from=file)
     jax.tree.map(np.testing.assert_array_equal, dense, weights)
 
