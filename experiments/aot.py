@@ -20,6 +20,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+import topkast_jax as tk
 from experiments import command
 from experiments import mesh as meshes
 from experiments.assembly import assemble
@@ -92,7 +93,8 @@ def compiled(cfg: Watched, topology: str) -> jax.stages.Compiled:
         shape, batch, meshes.batch_shardings(run.mesh, batch, "batch")
     )
     step = struct((), jax.numpy.int32, sharding=here)
-    return run.compile(state, placed, shape(run.step_key, here), step)
+    with tk.ops.compiling_for("tpu"):
+        return run.compile(state, placed, shape(run.step_key, here), step)
 
 
 def report(program: jax.stages.Compiled) -> str:

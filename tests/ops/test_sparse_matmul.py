@@ -180,6 +180,26 @@ def test_few_single_entries_are_multiplied_one_by_one(
     assert choose(tk.masks(state).forward["kernel"]) == expected
 
 
+def test_products_are_chosen_for_the_platform_that_is_compiled_for():
+    def of(structure):
+        tx = tk.sparse(
+            optax.sgd(0.1), tk.static(0.98, structure=structure), layout="block"
+        )
+        _, state, _ = tk.start(tx, {"kernel": jnp.ones((512, 512))})
+        return tk.masks(state).forward["kernel"]
+
+    blocks, entries = of(tk.blocks(64, 64)), of(tk.unstructured)
+    with tk.ops.compiling_for("tpu"):
+        assert [choose(x) for x in (blocks, entries)] == ["batch", "expanded"]
+        with tk.ops.compiling_for("cpu"):
+            assert choose(entries) == "entries"
+    if jax.default_backend() == "cpu":
+        assert [choose(x) for x in (blocks, entries)] == [
+            "blocks_rows_first",
+            "entries",
+        ]
+
+
 def test_blocks_form_no_dense_array():
     """Neither the matrix nor its gradient exists in a step on blocks."""
     tx = tk.sparse(

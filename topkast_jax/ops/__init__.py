@@ -2,6 +2,6 @@
 forms that are tested against it.
 """
 
-from topkast_jax.ops.api import IMPLEMENTATIONS, sparse_matmul
+from topkast_jax.ops.api import IMPLEMENTATIONS, compiling_for, sparse_matmul
 
-__all__ = ["IMPLEMENTATIONS", "sparse_matmul"]
+__all__ = ["IMPLEMENTATIONS", "compiling_for", "sparse_matmul"]

@@ -1,7 +1,10 @@
 """`sparse_matmul`: the operator, and which implementation serves it."""
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +33,30 @@ WORTHWHILE = 1024
 FEW = 0.1
 """Densities of A, A and B, of the three products, up to whose sum a loop over single
 entries pays on CPU: 97 % forward and backward, or 98 and 95 %."""
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "platform", default=None
+)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Within it products are chosen for a platform that this process need not have.
+
+    For programs that are lowered ahead of time; what jit has traced before it keeps.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` names them.
+    """
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def _on_cpu() -> bool:
+    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
 
 
 def sparse_matmul(
@@ -94,7 +121,7 @@ def choose(index: Index, features_first: bool = False) -> str:
     if grid.plain or grid.structure.scope == "group":
         few = 2 * index.k_forward + index.index.shape[-1] <= FEW * grid.count
         few = few and grid.structure.parts == 1
-        return "entries" if few and jax.default_backend() == "cpu" else "expanded"
+        return "entries" if few and _on_cpu() else "expanded"
     if _scattered(index):
         return "expanded"
     high, wide = grid.structure.block
@@ -103,7 +130,7 @@ def choose(index: Index, features_first: bool = False) -> str:
         return "columns" if inputs * wide >= WORTHWHILE else "expanded"
     if high * wide < WORTHWHILE:
         return "expanded"
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         return "batch"
     return "blocks" if features_first else "blocks_rows_first"
 
