@@ -95,11 +95,8 @@ def run(full: bool) -> None:
     pairs = [(a, b) for a in LAYOUTS for b in KINDS]
     cells = [
         ("top_kast", "both", "explicit"),
-        ("top_kast_random", "both", "auto"),
-        ("set", "fsdp", "explicit"),
         ("rigl", "tensor", "auto"),
-        ("gse", "both", "explicit"),
-        ("snfs", "both", "explicit"),
+        ("gse", "fsdp", "explicit"),
         ("deep_r", "both", "auto"),
     ]
     every = methods() | dynamic()
