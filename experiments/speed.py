@@ -26,7 +26,12 @@ def peak(kind: str) -> float | None:
 
 
 def measured(
-    rows: int, steps: int, seconds: float, flops: float, mesh: jax.sharding.Mesh
+    rows: int,
+    steps: int,
+    seconds: float,
+    flops: float,
+    mesh: jax.sharding.Mesh,
+    tokens: int | None = None,
 ) -> dict[str, float]:
     """What belongs in a row of the log, of some steps.
 
@@ -36,11 +41,16 @@ def measured(
       seconds: that they took.
       flops: of their products, zeros costing nothing (`Position.flops`).
       mesh: that they ran on.
+      tokens: of a row; None: rows are counted.
     Returns:
-      `step_time` in seconds, `rows_per_second`, and on devices whose peak is known
-      `mfu`, model FLOPs utilisation: `flops` over what the devices could have done.
+      `step_time` in seconds, `tokens_per_second` or `rows_per_second`, and on devices
+      whose peak is known `mfu`, model FLOPs utilisation: `flops` over what the devices could have done.
     """
-    found = {"step_time": seconds / steps, "rows_per_second": rows * steps / seconds}
+    name, count = ("rows", rows) if tokens is None else ("tokens", rows * tokens)
+    found = {
+        "step_time": seconds / steps,
+        f"{name}_per_second": count * steps / seconds,
+    }
     most = peak(mesh.devices.flat[0].device_kind)
     if most is not None:
         found["mfu"] = flops / (seconds * most * mesh.size)

@@ -66,7 +66,8 @@ AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every"
 ON_NAN = ("stop", "skip", "restore")
 MOST_SKIPS = 20  # in a row, with on_nan="skip"
 MOST_RESTORES = 3  # without a new checkpoint, with on_nan="restore"
-SHOWN = ("loss", "bits_per_byte", "sparsity", "churn", "rows_per_second", "mfu")
+SHOWN = ("loss", "accuracy", "bits_per_byte", "perplexity", "sparsity", "churn", "rows_per_second",
+         "tokens_per_second", "mfu")  # fmt: skip
 ADVICE = (
     "Nothing was saved since; to go on without such batches, say "
     "--config.on_nan=skip or --config.on_nan=restore"
@@ -301,7 +302,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Outcome:
             if log_now:
                 row = train_row(at, masks, later(refreshed, run.delay), run.rate)
                 row |= explored.measured(state.opt_state)
-                fast = speed.measured(rows, timed, seconds, paid, mesh)
+                fast = speed.measured(rows, timed, seconds, paid, mesh, task.tokens)
                 out.write("train", at.step, row | fast)
                 churn = {"churn": row["churn"]} if "churn" in row else churn
                 text = line(churn | row | fast, SHOWN, cfg.steps - at.step)

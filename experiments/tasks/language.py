@@ -248,4 +248,5 @@ def language_model(config: Config) -> Task:
             "start": jax.ShapeDtypeStruct((rows,), jnp.bool_),
         },
         held_out_rows=held_out.rows,
+        tokens=segment,
     )

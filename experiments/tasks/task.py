@@ -48,6 +48,7 @@ class Task(NamedTuple):
       report: means of the metrics over a split -> what is told of it.
       batch: ShapeDtypeStructs of a training batch; None: only the data say.
       held_out_rows: of a batch of an evaluation; None: as in training.
+      tokens: of a row of a training batch; None: rows are no texts.
     """
 
     init: Callable[[jax.Array], tuple[Params, Carry]]
@@ -64,3 +65,4 @@ class Task(NamedTuple):
     report: Callable[[dict[str, float]], dict[str, float]] = dict
     batch: Mapping[str, jax.ShapeDtypeStruct] | None = None
     held_out_rows: int | None = None
+    tokens: int | None = None

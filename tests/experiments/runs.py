@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 TIMES = (
     "step_time",
     "rows_per_second",
+    "tokens_per_second",
     "mfu",
 )  # all that may differ between two runs of one config
 

@@ -50,6 +50,8 @@ def test_utilisation_is_of_all_devices() -> None:
     mesh: Any = FakeMesh(of("TPU v4", 4), 4)
     found = speed.measured(8, 10, 2.0, 275e12, mesh)
     assert found == {"step_time": 0.2, "rows_per_second": 40.0, "mfu": 1 / 8}
+    texts = speed.measured(8, 10, 2.0, 275e12, mesh, tokens=64)
+    assert "rows_per_second" not in texts and texts["tokens_per_second"] == 64 * 40
     cpu: Any = FakeMesh(of("cpu", 1), 1)
     assert "mfu" not in speed.measured(8, 10, 2.0, 275e12, cpu)
 
