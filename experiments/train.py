@@ -66,8 +66,17 @@ AT_LEAST = {"seed": 0, "steps": 1, "log_every": 1, "eval_every": 1, "save_every"
 ON_NAN = ("stop", "skip", "restore")
 MOST_SKIPS = 20  # in a row, with on_nan="skip"
 MOST_RESTORES = 3  # without a new checkpoint, with on_nan="restore"
-SHOWN = ("loss", "accuracy", "bits_per_byte", "perplexity", "sparsity", "churn", "rows_per_second",
-         "tokens_per_second", "mfu")  # fmt: skip
+SHOWN = (
+    "loss",
+    "accuracy",
+    "bits_per_byte",
+    "perplexity",
+    "sparsity",
+    "churn",
+    "rows_per_second",
+    "tokens_per_second",
+    "mfu",
+)
 ADVICE = (
     "Nothing was saved since; to go on without such batches, say "
     "--config.on_nan=skip or --config.on_nan=restore"
