@@ -379,10 +379,8 @@ def _unraveled(numbers: Any, shape: Sequence[int]) -> list[Any]:
 
 
 def _matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
-    def product(group: tuple[int, ...]) -> int:
-        return math.prod(shape[a] for a in group)
-
-    return product(axes.window) * product(axes.inputs), product(axes.outputs)
+    inputs = math.prod(shape[a] for a in axes.window + axes.inputs)
+    return inputs, math.prod(shape[a] for a in axes.outputs)
 
 
 def grid(structure: Structure, path: str, shape: tuple[int, ...], axes: Axes) -> Grid:
