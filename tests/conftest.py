@@ -9,8 +9,6 @@ import pytest
 # Read when the first program is compiled. LLVM's work is most of what tests take, and
 # does not change how programs are split, or what they compute.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if jax.__version_info__ < (0, 11):  # later versions end where a flag is unknown
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 

@@ -38,8 +38,15 @@ def numbers_of(method):
     return found
 
 
+# Those that are refused cost nothing, those that move cost two programs.
+QUICK = ("top_kast", "set", "gse", "mest")
 NUMBERS = [
-    (method, number, moves)
+    pytest.param(
+        method,
+        number,
+        moves,
+        marks=[pytest.mark.slow] if moves and method not in QUICK else [],
+    )
     for method in tk.METHODS
     for number, moves in numbers_of(method).items()
 ]

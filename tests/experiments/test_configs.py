@@ -65,9 +65,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=[] if name in ("cifar", "enwik8") else [pytest.mark.slow]
-        )
+        pytest.param(name, marks=[] if name == "cifar" else [pytest.mark.slow])
         for name in CONFIGS
     ],
 )

@@ -40,7 +40,9 @@ BLOCKS, COLUMNS = tk.blocks(32, 64), tk.fan_in(32, 64)
     ("name", "structure", "more"),
     [
         ("gse", BLOCKS, dict(candidates="grabo")),
-        ("gse", COLUMNS, dict(candidates="uniform")),
+        pytest.param(
+            "gse", COLUMNS, dict(candidates="uniform"), marks=pytest.mark.slow
+        ),
         ("gse", tk.unstructured, dict(candidates="grabo")),
         ("set", tk.unstructured, {}),
         ("set", BLOCKS, {}),

@@ -73,7 +73,6 @@ def losses(layout: Any, method: tk.Method) -> tuple[list[float], Any, set[str]]:
 
 
 CELLS = [
-    ("blocks_rows_first", "top_kast"),
     ("blocks_rows_first", "rigl"),
     ("columns", "set"),
     ("entries", "static"),
