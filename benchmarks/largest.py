@@ -36,6 +36,10 @@ from benchmarks.layouts import pair
 from experiments import budget as budgets
 
 PyTree = Any
+ADVICE = (
+    "take fewer layers, a larger sparsity, --theta=bfloat16, or map theta into files "
+    "with --reservoir=FOLDER"
+)
 TEXT = pathlib.Path(__file__).parents[1] / "experiments/data/texts/tiny_shakespeare.txt"
 
 
@@ -169,7 +173,7 @@ def search(setting: Setting, there: budgets.Room) -> Setting:
     def share(layers: int) -> float | None:
         need = budget(of(layers), few + each * (layers - 2))
         try:
-            budgets.require(need, there)
+            budgets.require(need, there, ADVICE)
         except ValueError:
             return None
         return 1.0
@@ -309,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flush=True,
     )
     try:
-        budgets.require(need, there)
+        budgets.require(need, there, ADVICE)
     except ValueError as error:
         parser.error(str(error))
     if not args.budget:

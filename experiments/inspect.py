@@ -6,9 +6,9 @@
                                  of a stacked one the first slice, or --slice=N
     ... --masks=masks.npz        writes all masks, for `tk.load_masks` and `sparse.init=`
 
-The plan, and one line for each sparse parameter, with its in- and
-out-degrees (entries of A in a column and in a row) and its dead units; of one layer
-also how many neurons have each degree. Exit code 2 with one line on stderr where there is nothing to look at.
+The plan, and one line for each sparse parameter, with its in- and out-degrees (entries of
+A in a column and in a row) and its dead units; of one layer also how many neurons have
+each degree. Exit code 2 with one line on stderr where there is nothing to look at.
 """
 
 import pathlib

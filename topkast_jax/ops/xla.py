@@ -320,8 +320,8 @@ def _entries_weight_gradient(x: Array, dy: Array, index: Index) -> Array:
     n = len(index.index)
 
     def turn(operands: tuple[Array, Array]) -> Array:
-        row, column = (source.at[at].get(mode="promise_in_bounds")
-                       for source, at in zip((x, dy), operands, strict=True))  # fmt: skip
+        row = x.at[operands[0]].get(mode="promise_in_bounds")
+        column = dy.at[operands[1]].get(mode="promise_in_bounds")
         return jnp.sum(row * column, axis=1, dtype=jnp.float32)
 
     return lax.map(turn, _entries(index, n)).reshape(-1)[:n].astype(x.dtype)
