@@ -23,6 +23,7 @@ from etils import epath
 
 import topkast_jax as tk
 from experiments import distributed, packing, paths, seal
+from experiments.leaves import named
 from experiments.state import State, is_sparse
 from experiments.tasks.shared import shared
 
@@ -258,12 +259,12 @@ class Checkpoints:
             saved = meta["arrays"]["masks"]
             masks = {
                 name: jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=x.sharding)
-                for name, x in _named(params)
+                for name, x in named(params)
                 if f"forward/{name}" in saved
             }
             shrink = {
                 name: _struct(saved[f"shrink/{name}"], _everywhere(x.sharding))
-                for name, x in _named(params)
+                for name, x in named(params)
                 if f"shrink/{name}" in saved
             }
             trees = {"forward": masks, "backward": masks, "shrink": shrink}
@@ -277,7 +278,7 @@ class Checkpoints:
                 masks = {"forward": _indices(masks["forward"], meta["packed"])}
 
             def tree(found: Mapping[str, Any]) -> PyTree:
-                leaves = [found.get(name) for name, _ in _named(params)]
+                leaves = [found.get(name) for name, _ in named(params)]
                 return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
             forward, nothing = tree(masks["forward"]), tree({})
@@ -370,18 +371,10 @@ def _meta(path: epath.Path, part: str = "") -> dict[str, Any]:
     return meta
 
 
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in flat
-    ]
-
-
 def _kinds(tree: PyTree) -> dict[str, str]:
     """`{path: "float32[8,6]"}` of arrays or ShapeDtypeStructs."""
     return {
-        name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in _named(tree)
+        name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in named(tree)
     }
 
 
@@ -420,9 +413,9 @@ def _named_masks(opt_state: PyTree) -> dict[str, dict[str, Any]]:
         return {"forward": {}, "backward": {}, "shrink": {}}
     masks = tk.masks(opt_state)
     return {
-        "forward": dict(_named(masks.forward)),
-        "backward": dict(_named(masks.backward)),
-        "shrink": dict(_named(masks.shrink)),
+        "forward": dict(named(masks.forward)),
+        "backward": dict(named(masks.backward)),
+        "shrink": dict(named(masks.shrink)),
     }
 
 

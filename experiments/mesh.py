@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.data.shard import WHOLE, Shard
+from experiments.leaves import named
 from experiments.tasks.shared import is_shared
 
 AXES = ("data", "fsdp")
@@ -234,7 +235,7 @@ def parameter_shardings(
         does not fit.
     """
     rules = [(str(regex), spec) for regex, spec in rules]
-    paths = [path for path, _ in _named(params)]
+    paths = [path for path, _ in named(params)]
     for regex, _ in rules:
         if not any(re.fullmatch(regex, path) for path in paths):
             raise ValueError(
@@ -252,15 +253,8 @@ def parameter_shardings(
             f"sharding: no rule covers {path!r}; add a rule, or end with ('.*', ())"
         )
 
-    leaves = [one(path, leaf) for path, leaf in _named(params)]
+    leaves = [one(path, leaf) for path, leaf in named(params)]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
 
 
 def _fit(mesh: Mesh, path: str, shape: tuple[int, ...], spec: Any) -> P:

@@ -18,6 +18,7 @@ import topkast_jax as tk
 from experiments import budget, distributed
 from experiments import mesh as meshes
 from experiments import state as states
+from experiments.leaves import named
 from experiments.state import State
 from experiments.tasks import Task
 
@@ -183,14 +184,6 @@ def needs(state: State, reservoir: bool) -> budget.Budget:
     return found._replace(refresh=refresh, disk=2 * found.theta)
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in flat
-    }
-
-
 def described(opt_state: PyTree) -> dict[str, Any]:
     """JSON data from which `undescribed` makes the `tk.Index` of every parameter."""
     return {
@@ -224,11 +217,6 @@ def undescribed(description: Mapping[str, Any]) -> dict[str, tk.Index]:
 
 
 def _indices(opt_state: PyTree) -> dict[str, tk.Index]:
-    flat = jax.tree_util.tree_flatten_with_path(
-        tk.masks(opt_state).forward, is_leaf=lambda x: isinstance(x, tk.Index)
-    )[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in flat
-        if isinstance(leaf, tk.Index)
-    }
+    forward = tk.masks(opt_state).forward
+    found = named(forward, is_leaf=lambda x: isinstance(x, tk.Index))
+    return {path: leaf for path, leaf in found if isinstance(leaf, tk.Index)}

@@ -17,6 +17,7 @@ import safetensors.flax
 from etils import epath
 
 from experiments import evaluate, paths
+from experiments.leaves import named
 
 PyTree = Any
 Rule = tuple[str, ...]
@@ -43,8 +44,8 @@ def load(path: str, rules: Sequence[Rule], shapes: PyTree) -> PyTree:
     """
     _require_rules(rules)
     there = _read(paths.folder(path))
-    named = _named(shapes)
-    sources = _sources(named, rules)
+    parameters = named(shapes)
+    sources = _sources(parameters, rules)
     missing = [f"{n!r} (of {p!r})" for p, (n, _) in sources.items() if n not in there]
     used = {name for name, _ in sources.values()}
     left = [repr(name) for name in there if name not in used]
@@ -58,7 +59,7 @@ def load(path: str, rules: Sequence[Rule], shapes: PyTree) -> PyTree:
             f"init_from={path!r} does not fit the model: {'; '.join(said)}; say in "
             "init_map what belongs to what"
         )
-    leaves = [_fit(path, p, leaf, there, *sources[p]) for p, leaf in named]
+    leaves = [_fit(path, p, leaf, there, *sources[p]) for p, leaf in parameters]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
@@ -77,9 +78,9 @@ def save(path: str, rules: Sequence[Rule], params: PyTree, like: str = "") -> No
     _require_rules(rules)
     wanted = _read(paths.folder(like)) if like else {}
     arrays: dict[str, jax.Array] = {}
-    named = _named(params)
-    sources = _sources(named, rules)
-    for parameter, leaf in named:
+    parameters = named(params)
+    sources = _sources(parameters, rules)
+    for parameter, leaf in parameters:
         name, change = sources[parameter]
         if name in arrays:
             raise ValueError(f"init_map: two parameters would be called {name!r}")
@@ -94,13 +95,6 @@ def save(path: str, rules: Sequence[Rule], params: PyTree, like: str = "") -> No
     temporary.replace(file)
 
 
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-
-
 def _require_rules(rules: Sequence[Rule]) -> None:
     for rule in rules:
         if len(rule) not in (2, 3) or (len(rule) == 3 and rule[2] not in CHANGES):
@@ -111,16 +105,16 @@ def _require_rules(rules: Sequence[Rule]) -> None:
 
 
 def _sources(
-    named: Sequence[tuple[str, Any]], rules: Sequence[Rule]
+    parameters: Sequence[tuple[str, Any]], rules: Sequence[Rule]
 ) -> dict[str, tuple[str, str]]:
     """Name in the file, and how the array changes, by parameter."""
     for regex, *_ in rules:
-        if not any(re.fullmatch(regex, name) for name, _ in named):
+        if not any(re.fullmatch(regex, name) for name, _ in parameters):
             raise ValueError(
                 f"init_map: the rule {regex!r} matches no parameter; there are "
-                f"{', '.join(name for name, _ in named)}"
+                f"{', '.join(name for name, _ in parameters)}"
             )
-    return {name: _source(name, rules) for name, _ in named}
+    return {name: _source(name, rules) for name, _ in parameters}
 
 
 def _read(path: epath.Path) -> Mapping[str, Any]:
@@ -154,7 +148,7 @@ def _read(path: epath.Path) -> Mapping[str, Any]:
         raise ValueError(
             f"init_from={str(path)!r} holds no Orbax checkpoint of arrays: {error}"
         ) from error
-    return dict(_named(tree))
+    return dict(named(tree))
 
 
 def _of_run(path: epath.Path) -> Mapping[str, Any]:
@@ -163,7 +157,7 @@ def _of_run(path: epath.Path) -> Mapping[str, Any]:
             f"init_from={str(path)!r}: a run's folder is read by one process alone; make "
             "a file of it, python -m experiments.export"
         )
-    return dict(_named(evaluate.read(str(path)).weights.alpha))
+    return dict(named(evaluate.read(str(path)).weights.alpha))
 
 
 def _source(path: str, rules: Sequence[Rule]) -> tuple[str, str]:
