@@ -54,6 +54,7 @@ class Way(NamedTuple):
 WAYS = [
     Way("masked", tk.unstructured),
     Way("packed", tk.unstructured),
+    Way("block", tk.unstructured),
     Way("block", tk.fan_in(1, 256)),
     Way("block", tk.blocks(128, 128)),
     Way("block", tk.blocks(256, 256)),
