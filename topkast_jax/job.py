@@ -24,11 +24,13 @@ class Choice(NamedTuple):
 
     Attributes:
       numbers: int32 [slices, n_B] of the new `Index`.
+      source: int64 [slices, n_B], where each unit stood in B before; -1: it enters.
       masks: A and B as sets of the host.
       memory: of the method.
     """
 
     numbers: np.ndarray
+    source: np.ndarray
     masks: LeafMasks
     memory: Any
 
@@ -125,18 +127,21 @@ class Job:
                 leaf = self._listed(i)
             masks, memory = site.method.refresh(leaf, self.memory[i], self.step)
             numbers = selections.numbered(site.grid, masks, len(self.numbers[i]))
-            choices[i] = Choice(numbers, masks, memory)
+            source = source_of(self.numbers[i], numbers)
+            choices[i] = Choice(numbers, source, masks, memory)
         return choices
 
     def left(self, i: int, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Units that leave B: (own slice * units + number, values)."""
-        stays = np.zeros(self.numbers[i].shape, bool)
-        slices, _ = np.nonzero(source >= 0)
-        stays[slices, source[source >= 0]] = True
-        rows, at = np.nonzero(~stays)
-        count = self.sites[i].grid.count
-        places = rows * count + self.numbers[i][rows, at].astype(np.int64)
-        return places, self.values[i][rows, at]
+        numbers, values = self.numbers[i], self.values[i]
+        slices, kept = numbers.shape
+        first = kept * np.arange(slices)[:, None]
+        leaves = np.ones(slices * kept, bool)
+        leaves[(first + source)[source >= 0]] = False
+        at = np.flatnonzero(leaves)
+        rows = at // kept if kept else at
+        places = rows * self.sites[i].grid.count + numbers.reshape(-1)[at]
+        return places, values.reshape(-1, *values.shape[2:])[at]
 
     def _listed(self, i: int) -> HostLeaf:
         """A leaf over the units of A alone."""
@@ -181,14 +186,8 @@ def _site(i: int, path: str, index: Index, recipe: Recipe) -> Site:
 
 def source_of(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Where each unit of `new` stands in `old`, -1 where it does not; [slices, n]."""
-    order = np.argsort(old, axis=1, kind="stable")
-    found = np.full(new.shape, -1, np.int64)
-    for s in range(len(old)):
-        ranked = old[s][order[s]]
-        at = np.minimum(np.searchsorted(ranked, new[s]), len(ranked) - 1)
-        same = ranked[at] == new[s]
-        found[s][same] = order[s][at[same]]
-    return found
+    found = [selections.find(*pair) for pair in zip(old, new, strict=True)]
+    return np.stack(found) if found else np.full(new.shape, -1, np.int64)
 
 
 def _all_finite(x: Any, own: np.ndarray) -> bool:

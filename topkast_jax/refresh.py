@@ -10,7 +10,7 @@ import optax
 
 from topkast_jax import _trees
 from topkast_jax._types import PyTree
-from topkast_jax.job import Choice, Job, source_of
+from topkast_jax.job import Choice, Job
 from topkast_jax.layouts.store import Store
 from topkast_jax.moments import moved, on_mesh
 from topkast_jax.packing import indexed, recipe_for, state_of, taken, wide
@@ -111,10 +111,8 @@ def refresh(
     new_theta = [p.array for p in job.flat]
     memory, leaving = list(job.memory), {}
     indices = dict(job.indices)
-    sources: dict[int, np.ndarray] = {}
     for i, choice in choices.items():
-        site, new = job.sites[i], choice.numbers
-        source = sources[i] = source_of(job.numbers[i], new)
+        site, new, source = job.sites[i], choice.numbers, choice.source
         if site.method.reservoir:
             new_theta[i] = taken(job.units(i, store), new, job.shares[i])
             leaving[site.path] = job.left(i, source)
@@ -139,7 +137,8 @@ def refresh(
         recipe, state.sparse_seed, job.treedef, indices, kept, packed, lies
     )
     moves = {
-        i: job.shares[i].place(source.astype(np.int32)) for i, source in sources.items()
+        i: job.shares[i].place(choice.source.astype(np.int32))
+        for i, choice in choices.items()
     }
     slots = moved(state.sparse_inner, fresh.sparse_inner, job.flat, moves)
     new_state = state._replace(

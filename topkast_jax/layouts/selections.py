@@ -16,6 +16,11 @@ holds some of its slices (`layouts.share`).
 """
 
 
+TABLE = 16
+"""Keys are looked up in a table where that is at most so many times as long as the
+set, which keeps its bytes a multiple of the set's; by bisection where it is longer."""
+
+
 def set_of(grid: Grid, mask: Any) -> Set:
     """A mask of entries, made of whole units, as a set."""
     units = grid.to_units(np.asarray(mask))
@@ -47,10 +52,30 @@ def numbered(grid: Grid, masks: LeafMasks, slices: int) -> np.ndarray:
 
 def contains(members: Set, keys: np.ndarray) -> np.ndarray:
     """Which keys are in a sorted set."""
-    if not len(members):
+    if not len(members) or not len(keys):
         return np.zeros(keys.shape, bool)
+    span = 1 + max(members[-1], keys.max())
+    if span <= TABLE * len(members):
+        marks = np.zeros(span, bool)
+        marks[members] = True
+        return marks[keys]
     at = np.searchsorted(members, keys)
     return members[np.minimum(at, len(members) - 1)] == keys
+
+
+def find(members: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where each key stands in `members`, int32 in any order; -1 where it does not."""
+    if not len(members):
+        return np.full(keys.shape, -1, np.int64)
+    span = 1 + max(members.max(), keys.max(initial=0))
+    if span <= TABLE * len(members):
+        table = np.full(span, -1, np.int32)
+        table[members] = np.arange(len(members), dtype=np.int32)
+        return table[keys].astype(np.int64)
+    order = np.argsort(members, kind="stable")
+    ranked = members[order]
+    at = np.minimum(np.searchsorted(ranked, keys), len(ranked) - 1)
+    return np.where(ranked[at] == keys, order[at], -1)
 
 
 def to_units(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
