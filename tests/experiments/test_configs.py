@@ -8,17 +8,21 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import stored
 from absl import flags
-from runs import ROOT, assert_same_run, rows
+from runs import ROOT, assert_same_run, raw, rows
 
+import topkast_jax as tk
 from configs import cifar as cifar_config
 from configs import common, enwik8_transformer_xl, imagenet_resnet50
 from configs import wikitext103_transformer_xl as wikitext_config
 from experiments import evaluate, jobs, optimizer, tasks
+from experiments import mesh as meshes
 from experiments.assembly import assemble
 from experiments.config import Watched, require_all_read
 from experiments.train import train
@@ -130,6 +134,74 @@ def test_workers_end_with_a_run_that_is_killed_and_it_goes_on_as_without_them(
     train(config, parts)
     assert_same_run(whole, parts)
     assert not multiprocessing.active_children()
+
+
+def test_batch_statistics_are_of_all_devices(
+    pictures: str, tmp_path: pathlib.Path
+) -> None:
+    """A run on four devices, two rows each, has the running statistics of one device."""
+    config = cifar_config.get_config("smoke")
+    config.data.data_dir = pictures
+    train(config, tmp_path / "one")
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = f"{flags} --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train",
+         "--config=configs/cifar.py:smoke", "--config.mesh=data:4",
+         f"--config.data.data_dir={pictures}", f"--workdir={tmp_path / 'four'}"],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": several},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, four = (raw(tmp_path / name)["carry"] for name in ("one", "four"))
+    assert len(jax.tree.leaves(one)) > 10
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-5), one, four)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param("masked", marks=pytest.mark.slow), "packed"]
+)
+def test_a_whole_run_in_bfloat16(
+    layout: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations alone: parameters and moments stay, and the loss is near float32's."""
+    stored.in_place_of_texts(monkeypatch)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config = enwik8_transformer_xl.get_config(f"smoke,layout={layout}")
+        config.model.dtype = dtype
+        state = train(config, tmp_path / dtype).state
+        held = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x, jnp.floating)]
+        assert {x.dtype for x in held} <= {jnp.dtype("float32"), jnp.dtype(dtype)}
+        weights = jax.tree.leaves((state.params, state.opt_state))
+        assert not any(x.dtype == jnp.bfloat16 for x in weights)
+        losses[dtype] = [row["loss"] for row in rows(tmp_path / dtype, "train")]
+    assert losses["bfloat16"] != losses["float32"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+
+
+@pytest.mark.parametrize("size", ["12", pytest.param("24", marks=pytest.mark.slow)])
+def test_the_long_memory_of_an_evaluation_is_the_text_at_once(
+    size: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 2100 and 3800 positions, segments of 80 and 128 see all of 2000 bytes."""
+    stored.in_place_of_texts(monkeypatch)
+    config = enwik8_transformer_xl.get_config("smoke")
+    config.eval_batches = None
+    published = enwik8_transformer_xl.SIZES[size]["evaluation"]
+    config.evaluation = published | dict(rows=1)
+    state = train(config, tmp_path).state
+    _, found = evaluate.from_workdir(str(tmp_path), "test")
+    config.evaluation = dict(rows=1, segment=2000, memory=0, clamp=published["clamp"])
+    alpha = tk.export(state.params, state.opt_state)
+    task, mesh = tasks.make(config), meshes.make(config.mesh)
+    at_once = evaluate.evaluator(task, mesh)(alpha, "test")
+    assert found == pytest.approx(at_once, rel=1e-5)
+    config.evaluation = dict(rows=1, segment=published["segment"], memory=16)
+    short = evaluate.evaluator(tasks.make(config), mesh)(alpha, "test")
+    assert short != pytest.approx(at_once, rel=1e-5)
 
 
 FORMS = [
